@@ -1,0 +1,422 @@
+"""Capture: one ordinary run of a model, written down as a functional ATen graph.
+
+See ``docs/design.md``, section 5. :func:`record` runs the callable once, as it is, and returns both what it returned
+and, unless something could not be recorded, the :class:`Capture`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxjacobi.aliasing import Region, geometry_of, storage_key
+from fxjacobi.errors import CaptureError
+from fxjacobi.graph import TensorSpec, is_random, make_module, spec_of_value, stamp
+from fxjacobi.outline import Outliner
+from fxjacobi.recorder import Recorder
+from fxjacobi.trees import Constant, Node, Skeleton, split
+from fxjacobi.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["AttributeEffect", "Capture", "Recorded", "StateInput", "TensorEffect", "ViewOfWritten", "capture", "record"]
+
+
+@dataclass(frozen=True, slots=True)
+class StateInput:
+    """A tensor that the run read from ``container[key]`` and that runs replace: read anew at each call."""
+
+    container: Any
+    key: Any
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEffect:
+    """The run wrote to memory that was there before: ``target`` (or input ``position``) becomes output ``value``.
+
+    ``saved`` is what it held before.
+    """
+
+    target: torch.Tensor | None
+    position: int | None
+    value: int
+    saved: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttributeEffect:
+    """The run rebound ``container[key]`` to a tensor: output ``value``."""
+
+    container: Any
+    key: Any
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class ViewOfWritten:
+    """An output that is (a view of) memory which the run wrote to and which was there before.
+
+    It is taken after the write: ``steps`` (operation, arguments) are replayed on the target itself.
+    """
+
+    target: torch.Tensor | None
+    position: int | None
+    steps: tuple[tuple[Any, tuple[Any, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One functional ATen-level graph and everything that ties it to the Python program.
+
+    Attributes:
+        graph_module: Placeholders: tensor arguments, then ``states``. Output: a flat tuple of ``count`` values.
+        inputs: Skeleton of ``(args, kwargs)``.
+        n_inputs: Number of tensor arguments.
+        states: Tensors read from attributes that runs replace.
+        outputs: Skeleton of the result; its tensor leaf ``i`` is ``sources[i]``.
+        sources: For each tensor of the result: a position in the graph's output, or a view of written memory.
+        effects: What the run left behind besides its result, in order.
+        watch: The Python values the graph is valid for.
+        results: The recorded run's values for the graph's output, as far as they still stand for it.
+        ordinary_s: The run's wall time less the recorder's own, in seconds.
+        elapsed_s: The run's wall time, in seconds.
+        operations: Number of operations recorded.
+        gradients: Whether the run built an autograd graph.
+        draws: Whether the run drew random numbers.
+        mixed_grad_mode: Where the run switched gradients on or off inside, if it did.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: Skeleton
+    n_inputs: int
+    states: tuple[StateInput, ...]
+    outputs: Skeleton
+    sources: tuple[int | ViewOfWritten, ...]
+    effects: tuple[TensorEffect | AttributeEffect, ...]
+    watch: Watch
+    results: tuple[torch.Tensor, ...]
+    ordinary_s: float
+    elapsed_s: float
+    operations: int
+    gradients: bool
+    draws: bool
+    mixed_grad_mode: str | None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What :func:`record` returns: the run's own result, and its capture or the reason why there is none."""
+
+    result: Any
+    capture: Capture | None
+    failure: CaptureError | None
+
+
+def capture(fn: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Capture:
+    """Run ``fn`` once and return its capture.
+
+    Raises:
+        CaptureError: Something in the run cannot be recorded; it names the user's file and line and the remedy.
+    """
+    recorded = record(fn, args, kwargs or {})
+    if recorded.capture is None:
+        assert recorded.failure is not None
+        raise recorded.failure
+    return recorded.capture
+
+
+def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
+    """Run ``fn(*args, **kwargs)`` once, ordinarily, and record it; the user's own exceptions pass through."""
+    watch = Watch()
+    watch.add(fn, "")
+    skeleton, tensors = split((args, kwargs), opaque=lambda item: watch.add(item, "argument"))
+    root, graph = nn.Module(), fx.Graph()
+    arrays = _arrays(skeleton)
+    gradients = torch.is_grad_enabled() and _requires_grad(tensors, watch)
+    recorder = Recorder(graph, _Attacher(root), watch.tensors, gradients)
+    placeholders = []
+    for position, tensor in enumerate(tensors):
+        with graph.inserting_before(recorder.front):
+            placeholders.append(graph.placeholder(f"input_{position}"))
+        if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+            recorder.failure = CaptureError(f"argument {position} has layout {tensor.layout}", remedy="pass it dense")
+            stamp(placeholders[-1], spec_of_value(tensor))
+        else:
+            recorder.add_input(tensor, placeholders[-1])
+    if arrays:
+        recorder.failure = CaptureError("an argument is a NumPy array", remedy="pass it as a tensor")
+    outliner = Outliner(recorder)
+    python_random, numpy_random = random.getstate(), np.random.get_state()
+    saved_inputs = tuple(spec_of_value(t) for t in tensors)
+    start = time.perf_counter()
+    with _patched(recorder, outliner), recorder:
+        result = fn(*args, **kwargs)
+    elapsed = time.perf_counter() - start
+    try:
+        if recorder.failure is not None:
+            raise recorder.failure
+        if random.getstate() != python_random or not _equal_states(np.random.get_state(), numpy_random):
+            raise CaptureError("the run drew from Python's or NumPy's generator", remedy="draw with torch")
+        finished = _Finish(recorder, watch, tensors, placeholders, outliner, root)
+        return Recorded(result, finished.capture(skeleton, saved_inputs, result, elapsed), None)
+    except CaptureError as error:
+        return Recorded(result, None, error)
+
+
+class _Attacher:
+    """Names what a graph holds on its root module, live: parameters and buffers stay the user's own objects."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+
+    def __call__(self, value: Any, name: str) -> str:
+        base = "".join(c if c.isalnum() else "_" for c in name).strip("_") or "tensor"
+        base = f"p_{base}" if base[0].isdigit() else base
+        unique, count = base, 0
+        while hasattr(self._root, unique):
+            count += 1
+            unique = f"{base}_{count}"
+        if isinstance(value, nn.Parameter):
+            self._root.register_parameter(unique, value)
+        elif isinstance(value, torch.Tensor):
+            self._root.register_buffer(unique, value, persistent=False)
+        else:
+            setattr(self._root, unique, value)
+        return unique
+
+
+def _arrays(skeleton: Skeleton) -> bool:
+    if isinstance(skeleton, Node):
+        return any(_arrays(child) for child in skeleton.children)
+    return isinstance(skeleton, Constant) and isinstance(skeleton.value, np.ndarray)
+
+
+def _requires_grad(tensors: list[torch.Tensor], watch: Watch) -> bool:
+    return any(t.requires_grad for t in tensors) or any(t.requires_grad for _, t in watch.tensors.values())
+
+
+def _equal_states(a: Any, b: Any) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@contextlib.contextmanager
+def _patched(recorder: Recorder, outliner: Outliner) -> Iterator[None]:
+    """Watch the ways past the dispatcher: memory read by Python, and calls of submodules."""
+    original_call = nn.Module.__call__
+    to_list = torch.Tensor.tolist
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return outliner.call(original_call, module, args, kwargs)
+
+    def tolist(tensor: torch.Tensor) -> Any:
+        value = to_list(tensor)
+        recorder.saw(tensor, value)
+        return value
+
+    def leaking(name: str) -> Any:
+        original = getattr(torch.Tensor, name)
+
+        def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            recorder.leak(tensor, f"Tensor.{name}")
+            return original(tensor, *args, **kwargs)
+
+        return method
+
+    replaced: dict[str, Any] = {"tolist": tolist}
+    for name in ("numpy", "__array__", "data_ptr", "__dlpack__", "requires_grad_", "storage", "untyped_storage"):
+        replaced[name] = leaking(name)
+    own = {name: torch.Tensor.__dict__[name] for name in replaced if name in torch.Tensor.__dict__}
+    for name, method in replaced.items():
+        setattr(torch.Tensor, name, method)
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original_call  # type: ignore[method-assign]
+        for name in replaced:
+            if name in own:
+                setattr(torch.Tensor, name, own[name])
+            else:
+                delattr(torch.Tensor, name)
+
+
+class _Finish:
+    """Turns a finished recording into a :class:`Capture`."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        watch: Watch,
+        tensors: list[torch.Tensor],
+        placeholders: list[fx.Node],
+        outliner: Outliner,
+        root: nn.Module,
+    ) -> None:
+        self.recorder, self.watch, self.tensors = recorder, watch, tensors
+        self.placeholders, self.outliner, self.root = placeholders, outliner, root
+        self.values: list[fx.Node] = []
+        self.results: list[torch.Tensor] = []
+
+    def capture(self, skeleton: Skeleton, specs: Any, result: Any, elapsed: float) -> Capture:
+        recorder, graph = self.recorder, self.recorder.graph
+        self._check_inputs(specs)
+        self._widen_watch()
+        opaque: list[Any] = []
+        outputs, tensors = split(result, opaque=opaque.append)
+        for item in opaque:
+            if self._hides_tensor(item):
+                raise CaptureError(
+                    f"the result holds a {type(item).__name__} with tensors in it", remedy="return its tensors"
+                )
+        self._share_memory(tensors)
+        sources = tuple(self._source(tensor) for tensor in tensors)
+        effects: list[TensorEffect | AttributeEffect] = [
+            self._tensor_effect(region)
+            for region in list(recorder.regions.values())
+            if region.birth < 0 and region.version and region.tensor is not None
+        ]
+        states, attribute_effects = self._state()
+        graph.output(tuple(self.values))
+        operations = len(recorder.nodes)
+        self.outliner.finish(self.root)
+        graph.erase_node(recorder.front)
+        module = make_module(self.root, graph)
+        return Capture(
+            graph_module=module,
+            inputs=skeleton,
+            n_inputs=len(self.tensors),
+            states=states,
+            outputs=outputs,
+            sources=sources,
+            effects=(*effects, *attribute_effects),
+            watch=self.watch,
+            results=tuple(self.results),
+            ordinary_s=max(elapsed - recorder.overhead_s, 1e-9),
+            elapsed_s=elapsed,
+            operations=operations,
+            gradients=recorder.gradients,
+            draws=any(is_random(node) for node in graph.nodes),
+            mixed_grad_mode=str(recorder.mixed_grad_mode) if recorder.mixed_grad_mode else None,
+        )
+
+    def _check_inputs(self, specs: Any) -> None:
+        if tuple(spec_of_value(t) for t in self.tensors) != specs:
+            raise CaptureError("an argument's shape or dtype was changed in place", remedy="make a new tensor")
+        replaced = self.watch.replaced_storages()
+        if replaced:
+            raise CaptureError(
+                f"the run replaced the memory or the gradient of {', '.join(replaced[:3])}",
+                remedy="write to it in place, and call backward() outside the compiled function",
+            )
+
+    def _widen_watch(self) -> None:
+        """Globals read by code that only the run showed: their present values are what the graph holds."""
+        for code, namespace in self.recorder.sites.namespaces.items():
+            self.watch.add_code(code, namespace)
+
+    @staticmethod
+    def _hides_tensor(item: Any) -> bool:
+        probe = Watch()
+        probe.add(item, "")
+        return bool(probe.tensors)
+
+    def _share_memory(self, tensors: list[torch.Tensor]) -> None:
+        """Let results that share new memory be views of one base, as the caller may write to one of them."""
+        count: dict[int, int] = {}
+        for tensor in tensors:
+            count[storage_key(tensor)] = count.get(storage_key(tensor), 0) + 1
+        for tensor in tensors:
+            region = self.recorder.regions.get(storage_key(tensor))
+            if region is not None and region.version and region.birth >= 0 and count[storage_key(tensor)] > 1:
+                for view in region.views.values():
+                    if view.parent is not None:
+                        view.version = -1
+
+    def _source(self, tensor: torch.Tensor) -> int | ViewOfWritten:
+        recorder = self.recorder
+        region = recorder.regions.get(storage_key(tensor))
+        if region is not None and region.birth < 0 and region.version:
+            steps = []
+            at = geometry_of(tensor, recorder.gradients)
+            while region.views[at].parent is not None:
+                steps.append((region.views[at].op, region.views[at].args))
+                at = region.views[at].parent  # type: ignore[assignment]
+            target, position = self._target(region)
+            return ViewOfWritten(target, position, tuple(reversed(steps)))
+        return self._value(recorder.lookup(tensor), tensor)
+
+    def _value(self, node: fx.Node, tensor: torch.Tensor) -> int:
+        self.values.append(node)
+        self.results.append(tensor)
+        return len(self.values) - 1
+
+    def _target(self, region: Region) -> tuple[torch.Tensor | None, int | None]:
+        for position, node in enumerate(self.placeholders):
+            if node is region.origin:
+                return None, position
+        return region.tensor, None
+
+    def _tensor_effect(self, region: Region) -> TensorEffect:
+        target, position = self._target(region)
+        assert region.tensor is not None
+        value = self._value(region.views[region.base].node, region.tensor)
+        return TensorEffect(target, position, value, region.saved)
+
+    def _state(self) -> tuple[tuple[StateInput, ...], tuple[AttributeEffect, ...]]:
+        states: list[StateInput] = []
+        effects: list[AttributeEffect] = []
+        for change in self.watch.changes():
+            if not isinstance(change.after, torch.Tensor) or not isinstance(change.container, (dict, list)):
+                raise CaptureError(
+                    f"{change.name} changed during the run, from {change.before!r:.80} to {change.after!r:.80}",
+                    remedy="keep changing state in tensors, or outside the compiled function",
+                )
+            region = self.recorder.regions.get(storage_key(change.after))
+            if region is None or region.birth < 0:
+                raise CaptureError(
+                    f"{change.name} was rebound to memory that was there before the run", remedy="clone it"
+                )
+            effects.append(
+                AttributeEffect(
+                    change.container, change.key, self._value(self.recorder.lookup(change.after), change.after)
+                )
+            )
+            if isinstance(change.before, torch.Tensor):
+                states += self._state_input(change)
+                spec = spec_of_value(change.before)
+                assert isinstance(spec, TensorSpec)
+                self.watch.relax(change.container, change.key, spec, None)
+        return tuple(states), tuple(effects)
+
+    def _state_input(self, change: Any) -> list[StateInput]:
+        node = self.recorder.externals.get(storage_key(change.before))
+        if node is None:
+            return []
+        if self.watch.count(change.before) > 1:
+            raise CaptureError(
+                f"{change.name} was rebound, and what it held is known by another name too", remedy="clone it"
+            )
+        if node.meta["spec"] != spec_of_value(change.before):
+            raise CaptureError(f"{change.name} was rebound, and what it held is a view", remedy="clone it")
+        graph = self.recorder.graph
+        first = next(iter(graph.nodes))
+        last = [n for n in graph.nodes if n.op == "placeholder"]
+        position = graph.inserting_after(last[-1]) if last else graph.inserting_before(first)
+        with position:
+            placeholder = graph.placeholder(f"state_{node.name}")
+        stamp(placeholder, node.meta["spec"], node.meta.get("site"))
+        node.replace_all_uses_with(placeholder)
+        graph.erase_node(node)
+        self.values = [placeholder if v is node else v for v in self.values]
+        return [StateInput(change.container, change.key, change.name)]
+
+

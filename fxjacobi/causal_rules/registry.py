@@ -1,0 +1,111 @@
+"""Which rule handles which operation, and what rules report while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from fxjacobi.causal_rules.domain import Abstract, Value, unknown
+from fxjacobi.graph import Spec, TensorSpec, spec_of
+
+if TYPE_CHECKING:
+    from torch import fx
+
+__all__ = ["Context", "Rule", "find_rule", "overloads", "rule", "tensors_in"]
+
+
+@dataclass
+class Context:
+    """What one analysis has found so far, written by the rules.
+
+    Args:
+        top: Rank of an element that may depend on everything (``T - 1``).
+        may_kill: Whether an absorbing constant (``0 * x``) may remove a dependence here; false inside inner loops,
+            where the solver cannot check at run time that ``x`` was finite.
+    """
+
+    top: int
+    may_kill: bool = True
+    kills: set[fx.Node] = field(default_factory=set)
+    reads: set[str] = field(default_factory=set)
+    unknown_ops: dict[fx.Node, str] = field(default_factory=dict)
+
+    def read(self, *values: Abstract) -> None:
+        """Record that the outcome rests on the constants behind ``values``."""
+        for value in values:
+            self.reads |= value.sources
+
+    def kill(self, node: fx.Node, *values: Abstract) -> None:
+        """Record that ``node`` removed a dependence by an absorbing constant: NaN there voids the proof's premise."""
+        self.kills.add(node)
+        self.read(*values)
+
+    def give_up(self, node: fx.Node, args: object, kwargs: object) -> Value:
+        """Return the conservative value of ``node`` and name its operation.
+
+        Without an argument that depends on a written position the outcome depends on none either; with one, every
+        element may depend on everything.
+        """
+        touched = any(tensor.highest >= 0 for tensor in tensors_in((args, kwargs)))
+        if touched:
+            self.unknown_ops.setdefault(node, str(node.target))
+        return fill(spec_of(node), self.top if touched else -1)
+
+
+def fill(spec: Spec, rank: int) -> Value:
+    """Return a value of ``spec``'s structure with one rank everywhere."""
+    if isinstance(spec, TensorSpec):
+        return unknown(spec.shape, rank)
+    if isinstance(spec, tuple):
+        return tuple(fill(item, rank) for item in spec)
+    return None
+
+
+Rule: TypeAlias = Callable[[Context, "fx.Node", tuple[Any, ...], dict[str, Any]], Value]
+"""``rule(context, node, args, kwargs)`` with abstract values in place of tensors."""
+
+_RULES: dict[object, Rule] = {}
+
+
+def overloads(*names: str) -> list[object]:
+    """Return the ATen overloads of ``names`` that this build of PyTorch has (``"add"``: all of its overloads)."""
+    found: list[object] = []
+    for name in names:
+        packet_name, _, overload = name.partition(".")
+        packet = getattr(torch.ops.aten, packet_name, None)
+        if packet is None:
+            continue
+        chosen = [overload] if overload else packet.overloads()
+        found += [getattr(packet, one) for one in chosen if one in packet.overloads() and "out" not in one]
+    return found
+
+
+def rule(*targets: object) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen names (``"add"``, ``"add.Tensor"``) or callables."""
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            for one in overloads(target) if isinstance(target, str) else [target]:
+                _RULES[one] = function
+        return function
+
+    return register
+
+
+def find_rule(target: object) -> Rule | None:
+    """Return the rule of an operation, if it has one."""
+    return _RULES.get(target)
+
+
+def tensors_in(value: object) -> list[Abstract]:
+    """Return the abstract tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Abstract):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    return []

@@ -1,0 +1,42 @@
+"""Why a solve may stop: the certificate that its values are the ordinary run's, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["Certificate", "Solution"]
+
+
+class Certificate(Enum):
+    """The reason, as a sentence, for which the values that a solve returned are the answer."""
+
+    SEQUENTIAL = "every step was run in the ordinary order"
+    REPEATED = "a sweep changed nothing, so the iterate is the sequential answer"
+    CYCLED = "an earlier state came back bit for bit, so all later states are known"
+    EXACT_PREFIX = "the exact prefix reached the last equation"
+    COMPLETED = "as many sweeps as the dependence graph is deep were run"
+    TOLERANCE = "the last update was within the tolerance asked for"
+    RESIDUAL = "every equation holds within the tolerance asked for, and the updates die out"
+    SCANNED = "the equations are affine: one scan solved them, and each holds within the tolerance asked for"
+    FELL_BACK = "the sweeps did not converge within their bound; the rest was run in the ordinary order"
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What a solve did.
+
+    Args:
+        sweeps: How many times the body was evaluated (a batched evaluation of all equations counts once).
+        certificate: Why it could stop there.
+        residual: Largest ``max |s_t - h(s_{t-1})| / max |s_t|`` over the steps of the returned values, where it was
+            measured; ``0.0`` where every equation holds bit for bit.
+        prefixes: After each sweep, how many leading steps were known to be final.
+        completed: How many steps were run one by one at the end, in the ordinary order.
+    """
+
+    sweeps: int
+    certificate: Certificate
+    residual: float | None = None
+    prefixes: tuple[int, ...] = ()
+    completed: int = 0

@@ -1,0 +1,181 @@
+"""A rolled loop: its body as a graph, and where every value that the body reads comes from.
+
+The system of equations (arXiv 2002.03629, section 3) in the form the compiler keeps it:
+
+    outputs_t = body(bindings at t),   t = 0 .. T-1
+
+where each placeholder of ``body`` has one :data:`Binding`, in order, and the body's flat output tuple is
+``outputs``. The loop's own value is the tuple of its :data:`Result` entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import fx, nn
+
+from fxjacobi.errors import PassError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "Binding",
+    "Carried",
+    "Invariant",
+    "Kind",
+    "Literal",
+    "Loop",
+    "Result",
+    "Scanned",
+    "Stacked",
+    "Step",
+    "Table",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Body output ``output`` of step ``t - distance``; for ``t < distance``, operand ``init[t]``."""
+
+    output: int
+    distance: int
+    init: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """``operand.select(dim, indices[t])``: a slice of a tensor that is there before the loop starts."""
+
+    operand: int
+    dim: int
+    indices: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Operand ``operands[t]``: one operand a step (parameters of equal layers, items of a list)."""
+
+    operands: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """The Python value ``values[t]`` (an index, a scalar) that the unrolled code held at step ``t``."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Invariant:
+    """Operand ``operand``, the same at every step."""
+
+    operand: int
+
+
+Binding: TypeAlias = Carried | Scanned | Table | Literal | Invariant
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Body output ``output`` of step ``step`` (``T - 1``: the final value)."""
+
+    output: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Body output ``output`` of all steps, stacked along a new first dimension: ``(T, ...)``."""
+
+    output: int
+
+
+Result: TypeAlias = Step | Stacked
+
+
+class Kind(Enum):
+    """What a loop's dependence structure is, once it is a single component."""
+
+    MAP = "map"
+    RECURRENCE = "recurrence"
+    FIXED_POINT = "fixed_point"
+    WRITES = "writes"
+
+
+class Loop(nn.Module):
+    """A rolled loop; calling it runs it step by step (Gauss-Seidel), which is its definition.
+
+    Args:
+        body: Graph of one step. It holds no ``get_attr`` of tensors: everything comes through its placeholders.
+        trip_count: Number of steps ``T >= 1``.
+        bindings: One for each placeholder of ``body``, in order.
+        results: What the loop returns, as a tuple.
+    """
+
+    def __init__(
+        self,
+        body: fx.GraphModule,
+        trip_count: int,
+        bindings: Sequence[Binding],
+        results: Sequence[Result],
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.trip_count = trip_count
+        self.bindings = tuple(bindings)
+        self.results = tuple(results)
+        placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+        if len(placeholders) != len(self.bindings):
+            raise PassError(f"a loop body of {len(placeholders)} placeholders has {len(self.bindings)} bindings")
+
+    def bind(self, operands: Sequence[Any], step: int, outputs: Sequence[Sequence[Any]]) -> list[Any]:
+        """Return the body's arguments at ``step``; ``outputs[t]`` are the body's outputs of the steps before."""
+        arguments: list[Any] = []
+        for binding in self.bindings:
+            match binding:
+                case Carried(output, distance, init):
+                    before = step - distance
+                    arguments.append(outputs[before][output] if before >= 0 else operands[init[step]])
+                case Scanned(operand, dim, indices):
+                    arguments.append(operands[operand].select(dim, indices[step]))
+                case Table(table):
+                    arguments.append(operands[table[step]])
+                case Literal(values):
+                    arguments.append(values[step])
+                case Invariant(operand):
+                    arguments.append(operands[operand])
+        return arguments
+
+    def collect(self, outputs: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+        """Return the loop's results, given the body's outputs at every step."""
+        results: list[Any] = []
+        for result in self.results:
+            match result:
+                case Step(output, step):
+                    results.append(outputs[step][output])
+                case Stacked(output):
+                    results.append(torch.stack([values[output] for values in outputs]))
+        return tuple(results)
+
+    def forward(self, *operands: Any) -> tuple[Any, ...]:
+        """Run the loop in order and return its results."""
+        outputs: list[Sequence[Any]] = []
+        for step in range(self.trip_count):
+            outputs.append(self.body(*self.bind(operands, step, outputs)))
+        return self.collect(outputs)
+
+    @property
+    def kind(self) -> Kind:
+        """Map without a carry; fixed point with a carry and nothing else that changes; recurrence otherwise."""
+        if not any(isinstance(b, Carried) for b in self.bindings):
+            return Kind.MAP
+        if any(isinstance(b, (Scanned, Table, Literal)) for b in self.bindings):
+            return Kind.RECURRENCE
+        return Kind.FIXED_POINT
+
+    def extra_repr(self) -> str:
+        return f"trip_count={self.trip_count}, bindings={self.bindings}, results={self.results}"

@@ -1,0 +1,78 @@
+"""A parallel prefix of any associative operation, and the scans of affine recurrences built on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["affine_scan", "associative_scan", "matrix_affine_scan"]
+
+Elements: TypeAlias = tuple[torch.Tensor, ...]
+
+
+def associative_scan(
+    combine: Callable[[Elements, Elements], Elements], elements: Elements, *, reverse: bool = False
+) -> Elements:
+    """Return ``y_t = x_0 . x_1 . ... . x_t`` for all ``t`` of dimension 0, in O(T) work and O(log T) depth.
+
+    Odd-even reduction (G. Blelloch, Prefix sums and their applications, 1990): combine neighbours, scan the half,
+    fill in the rest.
+
+    Args:
+        combine: Associative; called on stacks ``(n, ...)`` of earlier and later elements (later and earlier, if
+            reversed).
+        elements: Tensors of equal length ``T`` along dimension 0.
+        reverse: Scan from the end: ``y_t = x_t . ... . x_{T-1}``.
+    """
+    if reverse:
+        flipped = tuple(e.flip(0) for e in elements)
+        return tuple(e.flip(0) for e in associative_scan(combine, flipped))
+    length = elements[0].shape[0]
+    if length < 2:
+        return elements
+    pairs = combine(tuple(e[: length - 1 : 2] for e in elements), tuple(e[1::2] for e in elements))
+    odd = associative_scan(combine, pairs)
+    result = tuple(torch.empty_like(e, memory_format=torch.contiguous_format) for e in elements)
+    for whole, part, first in zip(result, odd, elements, strict=True):
+        whole[1::2] = part
+        whole[:1] = first[:1]
+    if length > 2:
+        before = tuple(o[: (length - 1) // 2] for o in odd)
+        even = combine(before, tuple(e[2::2] for e in elements))
+        for whole, part in zip(result, even, strict=True):
+            whole[2::2] = part
+    return result
+
+
+def _by_distance(value: torch.Tensor, distance: int, padding: float) -> torch.Tensor:
+    """View steps ``t = q d + r`` as ``(ceil(T / d), d, ...)``, padded at the end."""
+    short = -value.shape[0] % distance
+    if short:
+        value = torch.cat([value, value.new_full((short, *value.shape[1:]), padding)])
+    return value.unflatten(0, (-1, distance))
+
+
+def affine_scan(factors: torch.Tensor, terms: torch.Tensor, distance: int = 1) -> torch.Tensor:
+    """Return ``s_t = a_t * s_{t-d} + b_t`` elementwise, with ``s_t = b_t`` for ``t < d``; all of ``(T, ...)``."""
+
+    def combine(first: Elements, second: Elements) -> Elements:
+        return second[0] * first[0], torch.addcmul(second[1], second[0], first[1])
+
+    if distance > 1:
+        length = terms.shape[0]
+        a, b = _by_distance(factors, distance, 0.0), _by_distance(terms, distance, 0.0)
+        return affine_scan(a, b).flatten(0, 1)[:length]
+    return associative_scan(combine, (factors, terms))[1]
+
+
+def matrix_affine_scan(factors: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+    """Return ``s_t = A_t s_{t-1} + b_t`` with ``s_0 = b_0``; ``factors`` (T, ..., N, N), ``terms`` (T, ..., N)."""
+
+    def combine(first: Elements, second: Elements) -> Elements:
+        return second[0] @ first[0], (second[0] @ first[1].unsqueeze(-1)).squeeze(-1) + second[1]
+
+    return associative_scan(combine, (factors, terms))[1]

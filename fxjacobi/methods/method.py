@@ -1,0 +1,102 @@
+"""What a method is: an immutable recipe ``init / step / done`` that one driver loop runs (:mod:`fxjacobi.solve`)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from fxjacobi.system import States, System
+
+__all__ = ["Contract", "Iterate", "Method"]
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What a solve must deliver.
+
+    Args:
+        rtol: Relative tolerance. An update of step ``t`` is within tolerance when
+            ``max |update| <= atol + rtol * max |s_t|`` for each tensor of the state (largest magnitude of that tensor
+            at that step: single elements near zero do not set the scale).
+        atol: Absolute tolerance. With ``rtol=0`` and ``atol=0`` the contract is exact: bits.
+        exactly_batched: Whether the caller knows that evaluating many steps at once keeps the bits of each.
+        max_sweeps: Bound on the sweeps; ``None`` means ``T``.
+        patience: Sweeps without progress (the update not halved, the prefix hardly grown) after which the solve gives
+            up and completes in order; ``None`` never gives up before the bound.
+
+    Raises:
+        ValueError: A tolerance is negative or not finite, or a bound is negative.
+    """
+
+    rtol: float = 0.0
+    atol: float = 0.0
+    exactly_batched: bool = False
+    max_sweeps: int | None = None
+    patience: int | None = 16
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be finite and at least 0, not {value}")
+        if self.max_sweeps is not None and self.max_sweeps < 0:
+            raise ValueError(f"max_sweeps must be at least 0, not {self.max_sweeps}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, not {self.patience}")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the answer must be the sequential one bit for bit."""
+        return self.rtol == 0 and self.atol == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Iterate:
+    """Where a solve stands.
+
+    Args:
+        states: The trajectory after the last sweep.
+        prefix: Number of leading steps that are final: bit for bit in the exact contract; within tolerance, errors
+            still to come included, in the other.
+        update: Largest update of the last sweep in units of the tolerance (``inf`` before the first; in the exact
+            contract, the share of steps that changed).
+        updates: The same for each step (T,), where the method keeps it.
+        gains: For each step, by how much it last passed an update of the steps before on; ``inf`` where unknown.
+        memory: What the method itself carries from sweep to sweep.
+    """
+
+    states: States
+    prefix: int = 0
+    update: float = math.inf
+    updates: torch.Tensor | None = None
+    gains: torch.Tensor | None = None
+    memory: Any = None
+
+
+class Method(ABC):
+    """A way to solve ``s_t = h_t(s_{t-d})`` for all ``t``. Subclasses are final, frozen, and their fields are options."""
+
+    keeps_bits: ClassVar[bool]
+    """Whether its fixed point is the sequential answer bit for bit when batched evaluation keeps bits."""
+
+    @property
+    def name(self) -> str:
+        """The method with its options, as a plan prints it."""
+        return repr(self)
+
+    @abstractmethod
+    def init(self, system: System, guess: States, contract: Contract) -> Iterate:
+        """Return the iterate before the first sweep."""
+
+    @abstractmethod
+    def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
+        """Return the iterate after one more sweep."""
+
+    @abstractmethod
+    def done(self, iterate: Iterate, contract: Contract) -> bool:
+        """Whether the iterate meets the contract, as far as the method can tell (the driver checks the residual)."""

@@ -1,0 +1,156 @@
+"""How far an iterate is from the answer: updates in units of the tolerance, and the errors still to come."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxjacobi.bits import equal_elements
+
+if TYPE_CHECKING:
+    from fxjacobi.methods.method import Contract
+    from fxjacobi.system import States, System
+
+__all__ = [
+    "ROUNDING",
+    "changed_steps",
+    "distances_of",
+    "errors_to_come",
+    "floors",
+    "geometric_remainder",
+    "leading",
+    "observed_gains",
+    "replace_non_finite",
+    "units",
+]
+
+ROUNDING = 4.0
+"""Multiples of the machine epsilon by which one evaluation in another order of rounding may differ."""
+
+# Below this many epsilons an update is mostly rounding, and the ratio of two of them says nothing.
+_SIGNAL = 16.0
+
+
+def changed_steps(new: States, old: States) -> torch.Tensor:
+    """Return for each step whether any bit-visible element changed (NaN equals NaN)."""
+    changed = torch.zeros(new[0].shape[0], dtype=torch.bool, device=new[0].device)
+    for a, b in zip(new, old, strict=True):
+        changed |= ~equal_elements(a, b).flatten(1).all(1) if a.dim() > 1 else ~equal_elements(a, b)
+    return changed
+
+
+def _flat(value: torch.Tensor) -> torch.Tensor:
+    return value.reshape(value.shape[0], -1)
+
+
+def units(difference_of: States, other: States, contract: Contract) -> torch.Tensor:
+    """Return for each step the largest ``max |a - b| / (atol + rtol max |a|)`` over the tensors of the state, (n,).
+
+    Zero where both are equal (equal infinities and NaN against NaN included), infinite where only one is finite.
+    Tensors of integers and bools are equal or infinitely far.
+    """
+    result: torch.Tensor | None = None
+    for a, b in zip(difference_of, other, strict=True):
+        flat_a, flat_b = _flat(a), _flat(b)
+        if a.is_floating_point() or a.is_complex():
+            gap = (flat_a - flat_b).abs()
+            scale = contract.atol + contract.rtol * flat_a.abs().amax(1)
+            worst = gap.amax(1)
+            ratio = torch.where(worst == 0, torch.zeros_like(worst), worst / scale).double()
+            if not bool(torch.isfinite(worst).all()):
+                gap = torch.where(equal_elements(flat_a, flat_b), torch.zeros_like(gap), gap)
+                finite = torch.where(torch.isfinite(flat_a), flat_a.abs(), torch.zeros_like(gap))
+                scale = contract.atol + contract.rtol * finite.amax(1)
+                worst = torch.where(torch.isnan(gap), torch.full_like(gap, math.inf), gap).amax(1)
+                ratio = torch.where(worst == 0, torch.zeros_like(worst), worst / scale).double()
+        else:
+            ratio = torch.where((flat_a == flat_b).all(1), 0.0, math.inf).double()
+        result = ratio if result is None else torch.maximum(result, ratio)
+    assert result is not None, "a recurrence has at least one component"
+    return result
+
+
+def floors(states: States, contract: Contract) -> torch.Tensor:
+    """Return for each step the update, in units of the tolerance, that cannot be told from rounding, (n,).
+
+    Between one epsilon and :data:`ROUNDING` epsilons of ``max |s_t|``; one unit where the tolerance lies between.
+    """
+    result = torch.zeros(states[0].shape[0], dtype=torch.float64, device=states[0].device)
+    for value in states:
+        if value.is_floating_point() or value.is_complex():
+            size = _flat(value).abs().amax(1).double()
+            size = torch.where(torch.isfinite(size), size, torch.zeros_like(size))
+            tolerance = contract.atol + contract.rtol * size
+            epsilon = torch.finfo(value.dtype).eps * size
+            floor = torch.minimum(torch.maximum(tolerance, epsilon), ROUNDING * epsilon) / tolerance
+            result = torch.maximum(result, torch.where(tolerance > 0, floor, torch.zeros_like(floor)))
+    return result
+
+
+def errors_to_come(
+    updates: torch.Tensor, gains: torch.Tensor, floor: torch.Tensor, distances: tuple[int, ...]
+) -> float:
+    """Return, in units of the tolerance, the largest error that the evaluated steps of a Jacobi iterate still have.
+
+    The iterate is ``s = h(old)`` with updates ``u = s - old``. Its error obeys ``e_t = J_t (e_{t-d} + u_{t-d})``, and
+    later updates are passed on by the same ``J_t``, whose gain along them was observed. Sums at the level of
+    rounding count as nothing. The steps before the first evaluated one are final.
+
+    Args:
+        updates: ``|u_t|`` of the evaluated steps, (n,).
+        gains: Observed gain of each, ``inf`` where none was observed yet, (n,).
+        floor: Rounding level of each, (n,).
+        distances: Distances of the carries.
+    """
+    pending = [0.0] * max(distances)
+    worst = 0.0
+    for update, gain, rounding in zip(updates.tolist(), gains.tolist(), floor.tolist(), strict=True):
+        incoming = max(pending[-d] for d in distances)
+        error = 0.0 if incoming == 0.0 else gain * incoming
+        worst = max(worst, error)
+        total = error + update
+        pending.append(0.0 if total <= rounding else total)
+    return worst
+
+
+def geometric_remainder(updates: torch.Tensor, earlier: torch.Tensor, floor: torch.Tensor) -> float:
+    """Return the largest ``u q / (1 - q)`` with ``q = u / earlier`` over the steps: what equal ratios would still add."""
+    ratio = updates / earlier.clamp_min(1e-300)
+    remainder = torch.where(ratio < 1.0, updates * ratio / (1.0 - ratio).clamp_min(1e-300), math.inf)
+    return float(torch.where(updates <= floor, torch.zeros_like(updates), remainder).amax())
+
+
+def observed_gains(
+    updates: torch.Tensor, earlier: torch.Tensor, gains: torch.Tensor, floor: torch.Tensor, distances: tuple[int, ...]
+) -> torch.Tensor:
+    """Return ``gains`` renewed where the sweep before moved the inputs of a step by more than rounding, (T,)."""
+    incoming = torch.zeros_like(earlier)
+    for distance in distances:
+        if distance < earlier.shape[0]:
+            incoming[distance:] = torch.maximum(incoming[distance:], earlier[:-distance])
+    informative = torch.isfinite(incoming) & torch.isfinite(updates) & (incoming > _SIGNAL / ROUNDING * floor)
+    return torch.where(informative, updates / incoming.clamp_min(1e-300), gains)
+
+
+def replace_non_finite(new: States, base: States, prefix: int) -> States:
+    """Return ``new`` with the base values in each non-finite step after ``prefix``: a guess, never an answer."""
+    states: list[torch.Tensor] = []
+    for value, reset in zip(new, base, strict=True):
+        if value.is_floating_point() and not bool(torch.isfinite(value[prefix:]).all()):
+            bad = ~torch.isfinite(value)
+            bad[:prefix] = False
+            value = torch.where(bad, reset, value)
+        states.append(value)
+    return tuple(states)
+
+
+def leading(holds: torch.Tensor) -> int:
+    """Return the number of leading entries that are true."""
+    return holds.shape[0] if bool(holds.all()) else int((~holds).to(torch.uint8).argmax())
+
+
+def distances_of(system: System) -> tuple[int, ...]:
+    """Return the distances of the system's carries, each once."""
+    return tuple(sorted({carry.distance for carry in system.carries}))

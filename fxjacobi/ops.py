@@ -1,0 +1,74 @@
+"""The few operations that fxjacobi's graphs hold beside ATen's own."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+
+from fxjacobi.errors import GuardFailed
+
+__all__ = ["Index", "guard", "guard_steps", "restride", "write"]
+
+Index: TypeAlias = "tuple[int | tuple[int, int, int] | None, ...]"
+"""One entry a leading dimension: an ``int`` selects, ``(start, stop, step)`` slices, ``None`` takes all."""
+
+
+def basic_index(index: Index) -> tuple[int | slice, ...]:
+    """Turn a graph-friendly :data:`Index` into what ``tensor[...]`` takes."""
+    return tuple(slice(None) if i is None else slice(*i) if isinstance(i, tuple) else i for i in index)
+
+
+def write(base: torch.Tensor, value: torch.Tensor, index: Index) -> torch.Tensor:
+    """Return a copy of ``base`` in which ``base[index]`` is ``value`` (shape of the indexed part, dtype of base)."""
+    result = base.clone()
+    result[basic_index(index)] = value
+    return result
+
+
+def guard(value: torch.Tensor | bool | int | float | complex, expected: bool | int | float | complex) -> None:
+    """Raise :class:`GuardFailed` unless the one-element ``value`` is what Python saw in the recorded run."""
+    found = value.item() if isinstance(value, torch.Tensor) else value
+    if found != expected and not (found != found and expected != expected):
+        raise GuardFailed(f"expected {expected}, found {found}")
+
+
+def guard_list(value: torch.Tensor, expected: object) -> None:
+    """Raise :class:`GuardFailed` unless ``value.tolist()`` is the (tuple of tuples) ``expected``."""
+    if _frozen(value.tolist()) != expected:
+        raise GuardFailed(f"expected {expected}, found {value.tolist()}")
+
+
+def guard_shape(value: torch.Tensor | tuple[torch.Tensor, ...], expected: tuple[object, ...]) -> None:
+    """Raise :class:`GuardFailed` unless a result whose shape depends on data has the recorded shape(s)."""
+    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else tuple(tuple(v.shape) for v in value)
+    if shape != expected:
+        raise GuardFailed(f"expected shape {expected}, found {shape}")
+
+
+def _frozen(value: object) -> object:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def guard_steps(values: torch.Tensor, expected: tuple[bool | int | float | complex, ...]) -> None:
+    """:func:`guard` of every step at once: ``values`` ``(T, ...)`` of one element a step, against ``expected`` ``T``."""
+    for found, wanted in zip(values.reshape(-1).tolist(), expected, strict=True):
+        if found != wanted and not (found != found and wanted != wanted):
+            raise GuardFailed(f"expected {wanted}, found {found}")
+
+
+def restride(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """Return ``value``'s elements laid out with ``stride``, because some kernels round by layout.
+
+    A dimension of stride 0 must be an expanded one; its first element stands for all.
+    """
+    part = value
+    for dim, (size, step) in enumerate(zip(value.shape, stride, strict=True)):
+        if step == 0 and size > 1:
+            part = part.narrow(dim, 0, 1)
+    result = torch.empty_strided(part.shape, stride, dtype=value.dtype, device=value.device)
+    return result.copy_(part).expand(value.shape)
+
+
+GUARDS = frozenset({guard, guard_list, guard_shape, guard_steps})
+"""The operations that are kept for their effect: a graph is valid only where all of them pass."""

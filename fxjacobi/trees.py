@@ -1,0 +1,111 @@
+"""Taking nested arguments and results apart into tensors and a skeleton, and putting them together again.
+
+``torch.utils._pytree`` treats dataclasses and unknown objects as leaves; a compiler that must return exactly what
+the ordinary run returns has to look inside the former and refuse the latter when a tensor hides there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Constant", "Node", "Skeleton", "Tensor", "join", "split"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """The ``index``-th tensor leaf; a tensor that occurs twice is one leaf."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A leaf that is no tensor: a primitive compared by type and value, anything else by identity."""
+
+    value: Any
+
+    def _key(self) -> tuple[Any, ...]:
+        if isinstance(self.value, PRIMITIVES):
+            # repr tells 0.0 from -0.0 and lets NaN equal NaN, which == does not.
+            return (type(self.value), repr(self.value) if isinstance(self.value, (float, complex)) else self.value)
+        return (type(self.value), id(self.value))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A container of type ``kind`` with its keys (empty for sequences) and children."""
+
+    kind: type
+    keys: tuple[Any, ...]
+    children: tuple[Skeleton, ...]
+
+
+Skeleton: TypeAlias = Tensor | Constant | Node
+
+PRIMITIVES = (
+    bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
+    torch.Size, slice, range, type(Ellipsis),
+)  # fmt: skip
+
+
+def split(value: Any, *, opaque: Callable[[Any], None] | None = None) -> tuple[Skeleton, list[torch.Tensor]]:
+    """Return ``value``'s skeleton and its tensors; ``opaque`` is called with each leaf that is no primitive."""
+    tensors: list[torch.Tensor] = []
+    seen: dict[int, int] = {}
+
+    def walk(item: Any) -> Skeleton:
+        if isinstance(item, torch.Tensor):
+            if id(item) not in seen:
+                seen[id(item)] = len(tensors)
+                tensors.append(item)
+            return Tensor(seen[id(item)])
+        kind = type(item)
+        if isinstance(item, PRIMITIVES):
+            return Constant(item)
+        if kind in (tuple, list) or (isinstance(item, tuple) and hasattr(item, "_fields")):
+            return Node(kind, (), tuple(walk(child) for child in item))
+        if kind in (dict, OrderedDict, defaultdict):
+            return Node(kind, tuple(item), tuple(walk(child) for child in item.values()))
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            names = tuple(field.name for field in dataclasses.fields(item) if hasattr(item, field.name))
+            return Node(kind, names, tuple(walk(getattr(item, name)) for name in names))
+        if opaque is not None:
+            opaque(item)
+        return Constant(item)
+
+    return walk(value), tensors
+
+
+def join(skeleton: Skeleton, tensors: Sequence[Any]) -> Any:
+    """Rebuild the value that :func:`split` took apart, with ``tensors`` in place of its own."""
+    if isinstance(skeleton, Tensor):
+        return tensors[skeleton.index]
+    if isinstance(skeleton, Constant):
+        return skeleton.value
+    children = [join(child, tensors) for child in skeleton.children]
+    kind: Any = skeleton.kind
+    if kind in (tuple, list):
+        return kind(children)
+    if hasattr(kind, "_fields"):
+        return kind(*children)
+    if issubclass(kind, dict):
+        items = zip(skeleton.keys, children, strict=True)
+        return defaultdict(None, items) if kind is defaultdict else kind(items)
+    result = object.__new__(kind)  # a dataclass: its __init__ and __post_init__ have run once and may not be pure
+    for name, child in zip(skeleton.keys, children, strict=True):
+        object.__setattr__(result, name, child)
+    return result
