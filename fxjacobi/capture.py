@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class StateInput:
     container: Any
     key: Any
     name: str
+    before: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,12 @@ class TensorEffect:
 
 @dataclass(frozen=True, slots=True)
 class AttributeEffect:
-    """The run rebound ``container[key]`` to a tensor: output ``value``."""
+    """The run rebound ``container[key]``, which held ``before`` (or was missing), to a tensor: output ``value``."""
 
     container: Any
     key: Any
     value: int
+    before: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,18 @@ class Capture:
     gradients: bool
     draws: bool
     mixed_grad_mode: str | None
+
+
+    def forget(self) -> Capture:
+        """This capture without the recorded run's tensors, once they have been compared with."""
+        return replace(
+            self,
+            results=(),
+            states=tuple(replace(s, before=None) for s in self.states),
+            effects=tuple(
+                replace(e, saved=None) if isinstance(e, TensorEffect) else replace(e, before=None) for e in self.effects
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -387,7 +401,10 @@ class _Finish:
                 )
             effects.append(
                 AttributeEffect(
-                    change.container, change.key, self._value(self.recorder.lookup(change.after), change.after)
+                    change.container,
+                    change.key,
+                    self._value(self.recorder.lookup(change.after), change.after),
+                    change.before,
                 )
             )
             if isinstance(change.before, torch.Tensor):
@@ -417,6 +434,6 @@ class _Finish:
         node.replace_all_uses_with(placeholder)
         graph.erase_node(node)
         self.values = [placeholder if v is node else v for v in self.values]
-        return [StateInput(change.container, change.key, change.name)]
+        return [StateInput(change.container, change.key, change.name, change.before)]
 
 

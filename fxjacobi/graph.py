@@ -24,6 +24,7 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from fxjacobi.errors import PassError
+from fxjacobi.ops import draw
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -98,11 +99,11 @@ def make_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
 
 def is_random(node: fx.Node) -> bool:
     """Whether ``node`` draws from a random generator (so that its place in the order matters)."""
-    return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags
+    return node.target is draw
 
 
 def check(module: fx.GraphModule, *, after: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from fxjacobi.errors import GuardFailed
 
-__all__ = ["Index", "guard", "guard_steps", "restride", "write"]
+__all__ = ["Index", "draw", "guard", "guard_steps", "restride", "write"]
 
 Index: TypeAlias = "tuple[int | tuple[int, int, int] | None, ...]"
 """One entry a leading dimension: an ``int`` selects, ``(start, stop, step)`` slices, ``None`` takes all."""
@@ -24,6 +24,24 @@ def write(base: torch.Tensor, value: torch.Tensor, index: Index) -> torch.Tensor
     result = base.clone()
     result[basic_index(index)] = value
     return result
+
+
+def draw(
+    op: torch._ops.OpOverload,
+    shape: list[int],
+    stride: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *args: float,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Return a new tensor of the given layout, filled by the in-place random ``op``.
+
+    Generators fill in the order of memory, and choose their algorithm by contiguity: the layout is part of the draw.
+    """
+    result = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    filled: torch.Tensor = op(result, *args, generator=generator)
+    return filled
 
 
 def guard(value: torch.Tensor | bool | int | float | complex, expected: bool | int | float | complex) -> None:

@@ -52,6 +52,11 @@ _SPLITS = (
     aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default, aten.chunk.default,
 )  # fmt: skip
 _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
+_DRAWS = {
+    aten.uniform_.default, aten.normal_.default, aten.exponential_.default, aten.bernoulli_.float,
+    aten.random_.default, aten.random_.to, getattr(aten.random_, "from"),
+    aten.geometric_.default, aten.cauchy_.default, aten.log_normal_.default,
+}  # fmt: skip
 _REFUSED = {
     "set_": "a tensor's storage is replaced",
     "resize_": "a tensor is resized in place",
@@ -437,6 +442,9 @@ class Recorder(TorchDispatchMode):
                 aten.full.default, (list(target.shape), fill), {"dtype": target.dtype, "device": target.device},
                 TensorSpec(tuple(target.shape), target.dtype, target.device, spec_of_contiguous(target.shape)),
             )  # fmt: skip
+        elif func in _DRAWS and not target.is_contiguous():
+            layout = (list(target.shape), list(target.stride()), target.dtype, target.device)
+            value = self.emit(ops.draw, (func, *layout, *nodes[1:]), keywords, tensor_spec(target))
         elif func is aten.fill_.Tensor:
             value = self._as(nodes[1], target)
         else:

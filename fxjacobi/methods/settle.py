@@ -91,8 +91,8 @@ def floors(states: States, contract: Contract) -> torch.Tensor:
 
 def errors_to_come(
     updates: torch.Tensor, gains: torch.Tensor, floor: torch.Tensor, distances: tuple[int, ...]
-) -> float:
-    """Return, in units of the tolerance, the largest error that the evaluated steps of a Jacobi iterate still have.
+) -> tuple[float, float]:
+    """Return, in units of the tolerance, the largest error of a Jacobi iterate after a sweep, and that before it.
 
     The iterate is ``s = h(old)`` with updates ``u = s - old``. Its error obeys ``e_t = J_t (e_{t-d} + u_{t-d})``, and
     later updates are passed on by the same ``J_t``, whose gain along them was observed. Sums at the level of
@@ -105,14 +105,14 @@ def errors_to_come(
         distances: Distances of the carries.
     """
     pending = [0.0] * max(distances)
-    worst = 0.0
+    after = before = 0.0
     for update, gain, rounding in zip(updates.tolist(), gains.tolist(), floor.tolist(), strict=True):
         incoming = max(pending[-d] for d in distances)
         error = 0.0 if incoming == 0.0 else gain * incoming
-        worst = max(worst, error)
         total = error + update
+        after, before = max(after, error), max(before, total)
         pending.append(0.0 if total <= rounding else total)
-    return worst
+    return after, before
 
 
 def geometric_remainder(updates: torch.Tensor, earlier: torch.Tensor, floor: torch.Tensor) -> float:

@@ -67,7 +67,7 @@ def sweep(system: System, iterate: Iterate, contract: Contract, stop: int, seen:
         gains[min(seen, stop) :] = math.inf
         update = float(moved.amax())
         if update <= 1.0 and stop == system.steps:
-            update = max(update, errors_to_come(moved, gains[start:stop], floor, distances_of(system)))
+            update = max(update, errors_to_come(moved, gains[start:stop], floor, distances_of(system))[0])
     base = tuple(value[start:stop] for value in system.base())
     new = replace_non_finite(raw, base, unchanged + system.nearest)
     states = new

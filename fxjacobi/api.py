@@ -1,0 +1,66 @@
+"""The public entry points."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fxjacobi.module import SolvedModule
+from fxjacobi.options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fxjacobi.plan import Plan
+
+__all__ = ["compile", "explain"]
+
+
+def compile(  # noqa: A001 - the name that torch's users expect
+    model: Callable[..., Any],
+    *,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    method: str = "auto",
+    strict: bool = False,
+    budget_s: float = 2.0,
+    memory_limit: int | None = None,
+) -> SolvedModule:
+    """Return a module that computes what ``model`` computes, solving its sequential parts in parallel.
+
+    The model's loops are read as a triangular system ``s_i = h_i(u, s_1 .. s_{i-1})``, ``i = 1 .. T``
+    (arXiv 2002.03629, section 3), split into strongly connected blocks and solved by Gauss-Seidel across the blocks
+    and Jacobi inside them. With the default tolerances every output element equals the ordinary run's on the same
+    device, dtype, thread count and torch build, from the same random seed.
+
+    Compilation happens at the first call for each signature of arguments; that call is the ordinary run, recorded.
+
+    Args:
+        model: A module, function or bound method.
+        rtol: Relative tolerance at which an iterate may stop; 0 asks for equality.
+        atol: Absolute tolerance, likewise.
+        method: ``"auto"``, or the method that every recurrence must use.
+        strict: Raise :class:`fxjacobi.CaptureError` where the model cannot be recorded, instead of one warning.
+        budget_s: Seconds that measuring may take for one signature.
+        memory_limit: Bytes that a batched sweep may allocate.
+
+    Raises:
+        TypeError: ``model`` is not callable, or an option has the wrong type.
+        ValueError: An option's value is out of range.
+    """
+    options = Options(rtol, atol, method, strict, budget_s, memory_limit)
+    if not callable(model):
+        raise TypeError(f"model must be callable, not {type(model).__name__}")
+    if isinstance(model, SolvedModule):
+        model = model._original
+    return SolvedModule(model, options)
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+    """Run ``model`` once on the arguments, recorded, and return its plan, with refusals and reasons.
+
+    Raises:
+        TypeError: ``model`` is not callable.
+    """
+    compiled = compile(model)
+    compiled(*args, **kwargs)
+    return compiled.plan

@@ -1,0 +1,121 @@
+"""What the compiler asks of a block's run-time module, whichever method it holds.
+
+A block stands in a graph where its :class:`fxjacobi.loops.Loop` stood: it takes the same operands and returns the
+same results. A bare loop is the sequential block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from fxjacobi.loops import Loop
+from fxjacobi.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from torch import fx, nn
+
+    from fxjacobi.certificate import Solution
+
+__all__ = ["Block", "block_kind", "last_solution", "loop_of", "method_of", "plan_of_block", "plan_of_graph"]
+
+
+@runtime_checkable
+class Block(Protocol):
+    """A solved loop.
+
+    Attributes:
+        loop: The loop whose place it takes; calling it is the block's definition.
+        method: How it is solved, in a word or two.
+        reason: Why so.
+        last: What the last call did, or ``None`` before the first.
+    """
+
+    loop: Loop
+    method: str
+    reason: str
+    last: Solution | None
+
+
+def loop_of(module: nn.Module) -> Loop | None:
+    """The loop that ``module`` is or solves, or ``None`` if it is no block."""
+    if isinstance(module, Loop):
+        return module
+    return module.loop if isinstance(module, Block) else None
+
+
+def method_of(module: nn.Module) -> str:
+    """The method that a block is solved by."""
+    return module.method if isinstance(module, Block) else "sequential"
+
+
+def last_solution(module: nn.Module) -> Solution | None:
+    """What the last solve of a block did."""
+    return module.last if isinstance(module, Block) else None
+
+
+def block_kind(module: nn.Module) -> str:
+    """The word that a block is named by."""
+    loop = loop_of(module)
+    assert loop is not None
+    return "jacobi" if method_of(module).startswith("jacobi") else loop.kind.value
+
+
+def plan_of_block(name: str, module: nn.Module, node: fx.Node) -> BlockPlan:
+    """The plan's row for one block."""
+    loop = loop_of(module)
+    assert loop is not None
+    operations = [n for n in loop.body.graph.nodes if n.op in ("call_function", "call_module")]
+    site = next((str(n.meta["site"]) for n in operations if n.meta.get("site")), "")
+    reason = module.reason if isinstance(module, Block) else getattr(module, "reason", "")
+    return BlockPlan(
+        name=name,
+        kind=loop.kind,
+        method=method_of(module),
+        equations=loop.trip_count,
+        operations=len(operations),
+        reason=reason or _sequential_reason(loop),
+        proof=getattr(module, "proof_sentence", ""),
+        nodes=(node.name,),
+        site=site,
+    )
+
+
+def _sequential_reason(loop: Loop) -> str:
+    carries = "float state" if loop.kind.value == "recurrence" else "state"
+    return f"each step needs the one before, and its {carries} settles to the last bit only one step a sweep"
+
+
+def plan_of_graph(module: fx.GraphModule) -> tuple[tuple[BlockPlan, ...], tuple[tuple[str, str], ...]]:
+    """Rows and edges of the plan of an emitted module; each node of its graph is in exactly one row."""
+    rows: list[BlockPlan] = []
+    place: dict[fx.Node, int] = {}
+    straight: list[fx.Node] = []
+
+    def close() -> None:
+        if straight:
+            name = f"straight_{sum(row.kind is None for row in rows)}"
+            for node in straight:
+                place[node] = len(rows)
+            site = next((str(n.meta["site"]) for n in straight if n.meta.get("site")), "")
+            names = tuple(n.name for n in straight)
+            rows.append(BlockPlan(name, None, "once", 1, len(straight), "outside any loop", "", names, site))
+            straight.clear()
+
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            block = module.get_submodule(str(node.target))
+            if loop_of(block) is not None:
+                close()
+                place[node] = len(rows)
+                rows.append(plan_of_block(str(node.target), block, node))
+                continue
+        if node.op in ("call_function", "call_module"):
+            straight.append(node)
+    close()
+    edges = {
+        (rows[place[source]].name, rows[place[node]].name): None
+        for node in module.graph.nodes
+        for source in node.all_input_nodes
+        if source in place and node in place and place[source] != place[node]
+    }
+    return tuple(rows), tuple(edges)

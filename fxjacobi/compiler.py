@@ -1,0 +1,270 @@
+"""From the first call to a specialisation: record, rewrite, check, and decide by measuring."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxjacobi.blocks import loop_of, method_of, plan_of_graph
+from fxjacobi.capture import AttributeEffect, Capture, TensorEffect, record
+from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed
+from fxjacobi.loops import Loop
+from fxjacobi.ops import GUARDS
+from fxjacobi.passes import pipeline
+from fxjacobi.plan import Plan
+from fxjacobi.specialisation import RandomState, Specialisation
+from fxjacobi.trees import join, split
+from fxjacobi.verify import equal, first_difference
+from fxjacobi.watch import MISSING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from fxjacobi.options import Options
+
+__all__ = ["specialise"]
+
+_log = logging.getLogger(__name__)
+
+_CLEAR_GAIN = 3.0  # a solve this much faster than the recorded run needs no second run of the original to be sure
+
+
+def specialise(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> tuple[Any, Specialisation]:
+    """Run ``fn`` once, recorded, and return its result with the specialisation for calls like this one.
+
+    Raises:
+        CaptureError: The run could not be recorded and ``options.strict`` is set.
+    """
+    tensors = _tensor_arguments(args, kwargs)
+    state = RandomState.save()
+    recorded = record(fn, args, kwargs)
+    if recorded.capture is None:
+        assert recorded.failure is not None
+        if options.strict:
+            raise recorded.failure
+        warnings.warn(CaptureWarning(f"runs as it is: {recorded.failure}"), stacklevel=4)
+        return recorded.result, _as_it_is(fn, None, f"not captured: {recorded.failure}", (str(recorded.failure),))
+    after = RandomState.save()
+    try:
+        specialisation = _Compilation(fn, args, kwargs, recorded.capture, options, state, tensors).run()
+    finally:
+        after.restore()  # checking and measuring must leave no trace
+    if specialisation.capture is not None:
+        specialisation.capture = specialisation.capture.forget()
+    return recorded.result, specialisation
+
+
+def _tensor_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return split((args, kwargs))[1]
+
+
+def _as_it_is(
+    fn: Callable[..., Any], capture: Capture | None, reason: str, refusals: tuple[str, ...] = ()
+) -> Specialisation:
+    return Specialisation(fn, capture, None, Plan((), (), False, reason, refusals=refusals))
+
+
+@dataclass
+class _Compilation:
+    """The work of one specialisation, after its run was recorded."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    capture: Capture
+    options: Options
+    before: RandomState
+    tensors: list[torch.Tensor]
+
+    def run(self) -> Specialisation:
+        """Rewrite, check, measure."""
+        capture = self.capture
+        if capture.mixed_grad_mode:
+            return _as_it_is(self.fn, capture, f"gradients are switched inside the run at {capture.mixed_grad_mode}")
+        stages: dict[str, fx.GraphModule] = {"capture": capture.graph_module}
+        module = capture.graph_module
+        for each in pipeline(self.options, gradients=capture.gradients):
+            module = stages[each.name] = each.run(module).module
+            if each.name == "roll_loops" and not _loops(module):
+                return self._straight(module, stages)
+        blocks, edges = plan_of_graph(module)
+        plan = Plan(blocks, edges, True, "", self._contract())
+        result = Specialisation(self.fn, capture, module, plan, stages, guarded=_guarded(module))
+        if not any(method_of(b) != "sequential" for b in _loops(module)):
+            result.retire("every block runs in the ordinary order, so nothing is gained")
+            return result
+        try:
+            self._check(result)
+            self._decide(result)
+        except GuardFailed as failure:
+            result.retire(f"the run's own guards do not hold on its own data ({failure})")
+        return result
+
+    def _contract(self) -> str:
+        return "exact" if self.options.exact else f"rtol={self.options.rtol:g}, atol={self.options.atol:g}"
+
+    def _straight(self, module: fx.GraphModule, stages: dict[str, fx.GraphModule]) -> Specialisation:
+        blocks, edges = plan_of_graph(module)
+        plan = Plan(blocks, edges, False, "no loop was found, so the model runs as it is", self._contract())
+        return Specialisation(self.fn, self.capture, None, plan, stages)
+
+    # -- the check: the emitted module against the recorded run ----------------------------------------------------
+
+    def _operands(self) -> list[torch.Tensor]:
+        """The recorded run's inputs as they were before it."""
+        saved = {e.position: e.saved for e in self.capture.effects if isinstance(e, TensorEffect)}
+        inputs: list[torch.Tensor] = []
+        for position, tensor in enumerate(self.tensors):
+            earlier = saved.get(position)
+            inputs.append(tensor if earlier is None else earlier.clone())
+        return inputs + [s.before for s in self.capture.states if s.before is not None]
+
+    @contextlib.contextmanager
+    def _memory_before(self) -> Iterator[None]:
+        """Buffers and parameters hold, inside, what they held before the recorded run."""
+        effects = [e for e in self.capture.effects if isinstance(e, TensorEffect) and e.target is not None]
+        with torch.no_grad():
+            now = [e.target.detach().clone() for e in effects if e.target is not None]
+            try:
+                for e in effects:
+                    if e.target is not None and e.saved is not None:
+                        e.target.detach().copy_(e.saved)
+                yield
+            finally:
+                for e, value in zip(effects, now, strict=True):
+                    if e.target is not None:
+                        e.target.detach().copy_(value)
+
+    def _run_emitted(self, module: fx.GraphModule) -> tuple[Sequence[torch.Tensor], float]:
+        operands = self._operands()
+        self.before.restore()
+        with self._memory_before(), torch.set_grad_enabled(self.capture.gradients and torch.is_grad_enabled()):
+            start = time.perf_counter()
+            values = module(*operands)
+            return values, time.perf_counter() - start
+
+    def _differs(self, values: Sequence[torch.Tensor]) -> Any:
+        found = [v.detach() for v in values]
+        if self.options.exact:
+            return first_difference(found, [r.detach() for r in self._wanted()])
+        return None
+
+    def _wanted(self) -> Sequence[torch.Tensor]:
+        return self.capture.results
+
+    def _check(self, result: Specialisation) -> None:
+        """Compare with the recorded run; demote every block that differs, and give up if that does not mend it."""
+        assert result.module is not None
+        values, _ = self._run_emitted(result.module)
+        difference = self._differs(values)
+        if difference is None:
+            return
+        demoted = self._demote(result.module)
+        if demoted:
+            names = ", ".join(demoted)
+            warnings.warn(ExactnessWarning(f"{names}: first result differed, so it runs sequentially"), stacklevel=6)
+            blocks, edges = plan_of_graph(result.module)
+            result.plan = replace(result.plan, blocks=blocks, edges=edges)
+            values, _ = self._run_emitted(result.module)
+            difference = self._differs(values)
+        if difference is not None:
+            warnings.warn(ExactnessWarning(f"the model runs as it is: {difference}"), stacklevel=6)
+            result.retire(f"the first result differed from the recorded run: {difference}")
+
+    def _demote(self, module: fx.GraphModule) -> list[str]:
+        """Replace each block whose results differ from its loop's by the loop; return their names."""
+        demoted: list[str] = []
+
+        class _Compare(fx.Interpreter):
+            def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                block = self.fetch_attr(target)
+                loop = loop_of(block)
+                if loop is None or loop is block:
+                    return super().call_module(target, args, kwargs)
+                wanted = loop(*args, **kwargs)
+                found = block(*args, **kwargs)
+                same = all(
+                    equal(a.detach(), b.detach())
+                    for a, b in zip(found, wanted, strict=True)
+                    if isinstance(b, torch.Tensor)
+                )
+                if not same:
+                    demoted.append(f"{target} ({method_of(block)})")
+                    setattr(loop, "reason", f"its first result by {method_of(block)} differed from the ordinary run's")
+                    module.add_module(str(target), loop)
+                return wanted
+
+        operands = self._operands()
+        self.before.restore()
+        with self._memory_before(), torch.set_grad_enabled(self.capture.gradients and torch.is_grad_enabled()):
+            _Compare(module).run(*operands)
+        return demoted
+
+    # -- the decision: is it faster? -------------------------------------------------------------------------------
+
+    def _decide(self, result: Specialisation) -> None:
+        """Keep the emitted module only if it is measured to be faster than the original."""
+        if result.module is None:
+            return
+        begun = time.perf_counter()
+        _, solved = self._run_emitted(result.module)
+        ordinary = self.capture.ordinary_s
+        if solved * _CLEAR_GAIN > ordinary:
+            ordinary_times, solved_times = [self._run_original()], [solved]
+            while len(solved_times) < 5 and time.perf_counter() - begun < self.options.budget_s:
+                solved_times.append(self._run_emitted(result.module)[1])
+                ordinary_times.append(self._run_original())
+            ordinary, solved = statistics.median(ordinary_times), statistics.median(solved_times)
+        result.plan = replace(result.plan, ordinary_s=ordinary, solved_s=solved)
+        if solved >= 0.97 * ordinary:
+            result.retire(f"measured {solved * 1e3:.3f} ms against {ordinary * 1e3:.3f} ms for the ordinary run")
+        else:
+            result.plan = replace(result.plan, reason=f"{ordinary / solved:.1f} times faster than the ordinary run")
+
+    def _run_original(self) -> float:
+        """Time the original on the recorded run's inputs, leaving no trace."""
+        operands = self._operands()
+        attributes = [e for e in self.capture.effects if isinstance(e, AttributeEffect)]
+        now = [e.container.get(e.key) for e in attributes]
+        skeleton, _ = split((self.args, self.kwargs))
+        args, kwargs = join(skeleton, operands[: len(self.tensors)])
+        self.before.restore()
+        with self._memory_before():
+            for e in attributes:
+                if e.before is MISSING:
+                    del e.container[e.key]
+                else:
+                    e.container[e.key] = e.before
+            try:
+                start = time.perf_counter()
+                self.fn(*args, **kwargs)
+                return time.perf_counter() - start
+            finally:
+                for e, value in zip(attributes, now, strict=True):
+                    e.container[e.key] = value
+
+
+def _loops(module: fx.GraphModule) -> list[torch.nn.Module]:
+    return [m for m in module.children() if loop_of(m) is not None]
+
+
+def _guarded(module: fx.GraphModule) -> bool:
+    """Whether a call may find, while it runs, that the recorded path is not this data's."""
+    graphs = [module.graph]
+    for loop in _loops(module):
+        body = loop_of(loop)
+        assert isinstance(body, Loop)
+        graphs.append(body.body.graph)
+    return any(node.target in GUARDS for graph in graphs for node in graph.nodes)
+
+

@@ -1,0 +1,41 @@
+"""How soon a recurrence forgets where it started: the measure that chunk sizes come from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxjacobi.methods.chunked import prepared, run_chunks
+from fxjacobi.methods.settle import units
+
+if TYPE_CHECKING:
+    from fxjacobi.methods.method import Contract
+    from fxjacobi.system import States, System
+
+__all__ = ["memory_length"]
+
+
+def memory_length(system: System, contract: Contract, limit: int = 256) -> int | None:
+    """Return in how many steps the recurrence forgets its start to within the tolerance, or ``None`` if not in ``limit``.
+
+    Up to four stretches of the loop, spread evenly, are run from the values before the loop and from these plus a unit
+    normal deviate; the length is that after which the two runs agree. A chunk of that length needs two sweeps.
+    Costs ``2 limit`` batched steps.
+    """
+    limit = min(limit, system.steps)
+    starts = tuple(sorted({round(i * (system.steps - limit) / 3) for i in range(4)}))
+    chunks = prepared(system, system.base(), starts, limit, 0)
+    generator = torch.Generator().manual_seed(0)  # a private one: the caller's random state stays as it is
+    heads = tuple(
+        head + torch.randn(head.shape, generator=generator).to(head) if head.is_floating_point() else head
+        for head in chunks.heads
+    )
+    runs: list[States] = []
+    for moved in (chunks, replace(chunks, heads=heads)):
+        # (stretches, limit, *shape) -> (limit, stretches, *shape): tolerances are those of single steps.
+        runs.append(tuple(value.transpose(0, 1) for value in run_chunks(system, moved)))
+    far = (units(runs[0], runs[1], contract) > 1.0).nonzero()
+    length = int(far[-1]) + 2 if far.numel() else 1
+    return length if length <= limit else None

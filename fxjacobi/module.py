@@ -1,0 +1,102 @@
+"""The module that :func:`fxjacobi.compile` returns."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch._C import _functorch
+from torch.utils import _python_dispatch
+
+from fxjacobi.compiler import specialise
+from fxjacobi.plan import Plan
+from fxjacobi.report import Report
+from fxjacobi.signature import signature
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from torch import fx
+
+    from fxjacobi.options import Options
+    from fxjacobi.specialisation import Specialisation
+
+__all__ = ["SolvedModule"]
+
+_MAX_SPECIALISATIONS = 8  # of one signature: a model whose Python values change at every call is run as it is
+
+
+class SolvedModule(nn.Module):
+    """Behaves as the callable it was made from, sooner; see :func:`fxjacobi.compile`.
+
+    Attributes:
+        plan: The plan of the specialisation that the last call used.
+        report: What the last call did.
+        stages: The graph after every pass, by the pass's name, of that specialisation.
+    """
+
+    def __init__(self, model: Callable[..., Any], options: Options) -> None:
+        super().__init__()
+        # A module is registered, so that parameters(), to() and train() reach it; a function is a plain attribute.
+        self._original = model
+        self._options = options
+        self._specialisations: dict[Hashable, list[Specialisation]] = {}
+        self._last: Specialisation | None = None
+        self._lock = threading.RLock()
+        if isinstance(model, nn.Module):
+            self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the original returns, and leave behind what it leaves."""
+        key, tensors = signature(args, kwargs)
+        for specialisation in self._specialisations.get(key, ()):
+            if specialisation.valid():
+                self._last = specialisation
+                return specialisation(tensors, args, kwargs)
+        if _python_dispatch._len_torch_dispatch_stack() or _functorch.peek_interpreter_stack() is not None:
+            return self._original(*args, **kwargs)  # inside another tracer or transform: let it see the original
+        with self._lock:
+            result, specialisation = specialise(self._original, args, kwargs, self._options)
+            known = self._specialisations.setdefault(key, [])
+            if len(known) >= _MAX_SPECIALISATIONS:
+                specialisation.retire(f"Python values that the model reads changed in {len(known)} calls")
+            known.append(specialisation)
+            self._last = specialisation
+        return result
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last call's specialisation."""
+        if self._last is None:
+            return Plan((), (), False, "not called yet: the first call records and plans")
+        return self._last.plan
+
+    @property
+    def report(self) -> Report:
+        """What the last call did."""
+        return self._last.report if self._last is not None else Report(False, "not called yet")
+
+    @property
+    def stages(self) -> dict[str, fx.GraphModule]:
+        """The graph after every pass, by name; ``.code`` is its Python."""
+        return dict(self._last.stages) if self._last is not None else {}
+
+    def train(self, mode: bool = True) -> SolvedModule:
+        """As ``nn.Module.train``, on the original too."""
+        super().train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original") or self.__dict__.get("_modules", {}).get("_original")
+            if original is None:
+                raise
+            return getattr(original, name)
+
+    def extra_repr(self) -> str:
+        return f"{len(self._specialisations)} signatures"
+
+

@@ -1,0 +1,37 @@
+"""The key under which specialisations are kept: everything that a graph depends on besides values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxjacobi.aliasing import storage_key
+from fxjacobi.trees import split
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+__all__ = ["signature"]
+
+
+def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[torch.Tensor]]:
+    """Return a hashable key of the call and its tensor arguments."""
+    skeleton, tensors = split((args, kwargs))
+    storages = [storage_key(t) for t in tensors if t.layout is torch.strided]
+    shared = tuple(storages.index(s) for s in storages) if len(set(storages)) < len(storages) else ()
+    key = (
+        skeleton,
+        tuple([
+            (t.shape, t.dtype, t.device, t.stride() if t.layout is torch.strided else t.layout, t.requires_grad, type(t))
+            for t in tensors
+        ]),
+        shared,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_num_threads(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_default_dtype(),
+    )  # fmt: skip
+    return key, tensors

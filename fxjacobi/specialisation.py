@@ -1,0 +1,162 @@
+"""One compiled form of a callable, for one signature of its arguments and one state of its Python values."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxjacobi.blocks import last_solution, loop_of, method_of
+from fxjacobi.capture import AttributeEffect, Capture, StateInput, ViewOfWritten
+from fxjacobi.errors import GuardFailed
+from fxjacobi.report import BlockReport, Report
+from fxjacobi.trees import join
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import fx
+
+    from fxjacobi.plan import Plan
+
+__all__ = ["MAX_GUARD_FAILURES", "RandomState", "Specialisation"]
+
+_log = logging.getLogger(__name__)
+
+MAX_GUARD_FAILURES = 8
+"""Failed guards after which a specialisation is given up, if at most as many calls have succeeded."""
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of every generator that a call may draw from."""
+
+    cpu: torch.Tensor
+    cuda: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def save(cls) -> RandomState:
+        """The present state of the CPU's generator and, where CUDA is in use, of every device's."""
+        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Put every generator back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+
+
+@dataclass
+class Specialisation:
+    """See the module's docstring. ``module`` is ``None`` where calls run the original callable.
+
+    Attributes:
+        original: The user's callable.
+        capture: Its recorded run, or ``None`` where recording was refused.
+        module: The emitted module.
+        plan: What it does and why.
+        stages: The graph after each pass, by the pass's name.
+    """
+
+    original: Callable[..., Any]
+    capture: Capture | None
+    module: fx.GraphModule | None
+    plan: Plan
+    stages: dict[str, fx.GraphModule] = field(default_factory=dict)
+    failures: int = 0
+    successes: int = 0
+    report: Report = field(default_factory=lambda: Report(False, "not called yet"))
+    guarded: bool = False
+
+    def valid(self) -> bool:
+        """Whether the Python values that the graph was recorded with still stand."""
+        return self.module is None or self.capture is None or self.capture.watch.holds()
+
+    def __call__(self, tensors: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what ``original(*args, **kwargs)`` would, and leave behind what it would leave."""
+        if self.module is None or self.capture is None:
+            return self.original(*args, **kwargs)
+        state = RandomState.save() if self.guarded and self.capture.draws else None
+        try:
+            values = self.module(*tensors, *(_read(s) for s in self.capture.states))
+        except GuardFailed as failure:
+            reason = f"a branch of the recorded run goes the other way: {failure}"
+        except Exception as error:  # noqa: BLE001 - the original meets it again and raises it as the user's own
+            reason = f"the emitted module raised {type(error).__name__}: {error}"
+            _log.info("running the original: %s", reason, exc_info=True)
+        else:
+            self.successes += 1
+            self.report = Report(True, "solved", self._block_reports())
+            return self._finish(values, tensors)
+        if state is not None:
+            state.restore()
+        self.failures += 1
+        self.report = Report(False, reason)
+        if self.failures >= MAX_GUARD_FAILURES and self.failures >= self.successes:
+            self.retire(f"its guards failed {self.failures} times; last: {reason}")
+        return self.original(*args, **kwargs)
+
+    def retire(self, reason: str) -> None:
+        """From now on run the original."""
+        from dataclasses import replace
+
+        self.module = None
+        self.plan = replace(self.plan, solved=False, reason=reason)
+        _log.info("gone back to the original: %s", reason)
+
+    def _block_reports(self) -> tuple[BlockReport, ...]:
+        assert self.module is not None
+        rows = []
+        for name, module in self.module.named_children():
+            loop = loop_of(module)
+            if loop is None:
+                continue
+            last = last_solution(module)
+            rows.append(
+                BlockReport(
+                    name,
+                    method_of(module),
+                    loop.trip_count,
+                    last.sweeps if last else loop.trip_count,
+                    last.certificate if last else None,
+                    last.prefixes if last else (),
+                    last.residual if last else None,
+                )
+            )
+        return tuple(rows)
+
+    def _finish(self, values: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
+        """Leave the run's effects, which become visible only now that every guard has held, and build the result."""
+        capture = self.capture
+        assert capture is not None
+        for effect in capture.effects:
+            value = values[effect.value]
+            if isinstance(effect, AttributeEffect):
+                effect.container[effect.key] = value
+            else:
+                target = tensors[effect.position] if effect.position is not None else effect.target
+                assert target is not None
+                with torch.no_grad():
+                    target.copy_(value)
+        results = [
+            _view_of_written(source, tensors) if isinstance(source, ViewOfWritten) else values[source]
+            for source in capture.sources
+        ]
+        return join(capture.outputs, results)
+
+
+def _read(state: StateInput) -> torch.Tensor:
+    value = state.container[state.key]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _view_of_written(source: ViewOfWritten, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    value = tensors[source.position] if source.position is not None else source.target
+    assert value is not None
+    for op, args in source.steps:
+        value = op(value, *args)
+    return value

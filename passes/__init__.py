@@ -1,0 +1,1 @@
+"""The compiler's passes. Each is one file, named as the pass."""

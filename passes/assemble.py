@@ -1,0 +1,30 @@
+"""A graph with the tensors and submodules it names, as a module whose code is generated when first needed."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["assemble"]
+
+
+def assemble(graph: fx.Graph, source: nn.Module, new: Mapping[str, nn.Module] | None = None) -> fx.GraphModule:
+    """Return the module of ``graph``: its attributes are ``source``'s own (not copies), or submodules in ``new``.
+
+    Between passes nobody runs the graph, and generating code for 300,000 nodes takes longer than the passes do; so
+    the code is generated when it is first read or run.
+    """
+    attributes: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module") and node.target not in attributes:
+            target = str(node.target)
+            attributes[target] = new[target] if new is not None and target in new else attrgetter(target)(source)
+    result = _LazyGraphModule(attributes, graph)
+    result.meta.update(getattr(source, "meta", {}))
+    return result

@@ -1,0 +1,449 @@
+"""Roll the unrolled loops of a recorded run back into loops."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxjacobi.graph import Site, Spec, TensorSpec, site_of, spec_of, stamp
+from fxjacobi.loops import Binding, Carried, Invariant, Literal, Loop, Result, Scanned, Stacked, Step, Table
+from fxjacobi.passes.assemble import assemble
+from fxjacobi.passes.base import Pass, PassResult
+from fxjacobi.passes.inline_calls import inline_calls
+from fxjacobi.repeats import Column, Dataflow, Fixed, Repeat, Same, classify, find_repeats
+from fxjacobi.tape import NOT_A_SELECT, Tape, literal_key, rebuild, tabulate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["RollLoops", "roll_loops"]
+
+_aten = torch.ops.aten
+_FEW = 4
+"""So many steps' values may be results of their own; more are selected from the stacked result."""
+
+
+@dataclass(frozen=True)
+class RollLoops(Pass):
+    """Roll tandem repeats of the graph into :class:`~fxjacobi.loops.Loop` calls, loops within loops included.
+
+    Fires on at least ``minimum_trips`` equal iterations of at least ``minimum_nodes`` nodes in all whose dataflow is
+    a loop's (:mod:`fxjacobi.repeats`); iterations that differ stay straight code before and after. Must not fire on
+    random draws, and does not on code that only moves data. Recorded submodules called in a loop body, or from one
+    place only, are inlined unless ``inline`` is false. Before and after, for ``h = f(h, x[:, t])``::
+
+        x_0 = select(x, 1, 0); h_1 = f(h_0, x_0); x_1 = select(x, 1, 1); h_2 = f(h_1, x_1); ...; stack([h_1, h_2, ...])
+        loop_0 = Loop(f, T, [Carried(0, 1, (h_0,)), Scanned(x, 1, range(T))], [Stacked(0)])(h_0, x)
+
+    The rolling is that of *loop rerolling* in compilers; the loops' equations are arXiv 2002.03629, section 3.
+    """
+
+    name = "roll_loops"
+    minimum_trips: int = 3
+    minimum_nodes: int = 8
+    inline: bool = True
+
+    def apply(self, module: fx.GraphModule) -> PassResult:
+        """Roll, from the outermost loops inwards."""
+        rolled = roll_loops(
+            module, minimum_trips=self.minimum_trips, minimum_nodes=self.minimum_nodes, inline=self.inline
+        )
+        return PassResult(rolled, rolled is not module)
+
+
+def roll_loops(
+    module: fx.GraphModule,
+    *,
+    minimum_trips: int = 3,
+    minimum_nodes: int = 8,
+    inline: bool = True,
+    is_body: bool = False,
+) -> fx.GraphModule:
+    """Return ``module`` with its repeats rolled (see :class:`RollLoops`), or ``module`` itself if it has none."""
+
+    def roll_body(body: fx.GraphModule) -> fx.GraphModule:
+        return roll_loops(
+            body, minimum_trips=minimum_trips, minimum_nodes=minimum_nodes, inline=inline, is_body=True
+        )
+
+    while True:
+        tape = tabulate(module)
+        repeats = find_repeats(tape, minimum_trips=minimum_trips, minimum_nodes=minimum_nodes)
+        if repeats:
+            roller = _Roller(module, tape, repeats)
+            module = roller.run(roll_body)
+        # A submodule is inlined only after the level that calls it is rolled: equal calls are one label each.
+        inlined = inline_calls(module, only_single=not is_body) if inline else module
+        if inlined is module:
+            return module
+        module = inlined
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """All values of one position of a loop, in order (or the reverse), in an argument list."""
+
+    loop: int
+    position: int
+    reverse: bool
+
+
+@dataclass(slots=True)
+class _Rolled:
+    """A loop being emitted: its node, and where its results are (``step`` is ``None`` for all steps stacked)."""
+
+    node: fx.Node
+    result: dict[tuple[int, int | None], int]
+
+
+class _Roller:
+    """Emits the graph of ``module`` with the given repeats as loops."""
+
+    def __init__(self, module: fx.GraphModule, tape: Tape, repeats: tuple[Repeat, ...]) -> None:
+        self.module = module
+        self.tape = tape
+        self.repeats = repeats
+        self.flows = [classify(tape, repeat) for repeat in repeats]
+        self.which = np.full(len(tape.nodes) + 1, -1, dtype=np.int64)
+        for number, repeat in enumerate(repeats):
+            self.which[repeat.start : repeat.stop] = number
+        self.graph = fx.Graph()
+        self.values: dict[int, fx.Node] = {}
+        self.rolled: list[_Rolled] = []
+        self.loops: dict[str, nn.Module] = {}
+        self.joins: dict[int, list[_Run | int]] = {}
+        self.steps: dict[tuple[int, int], set[int]] = defaultdict(set)
+        self.stacked: set[tuple[int, int]] = set()
+        self.find_uses()
+
+    # Which values of the loops are used outside them
+
+    def find_uses(self) -> None:
+        """Fill ``joins``, ``steps`` and ``stacked``."""
+        tape = self.tape
+        inside = np.where(tape.literal | (tape.values < 0), -1, self.which[np.where(tape.literal, -1, tape.values)])
+        slots = np.flatnonzero((inside >= 0) & (inside != self.which[tape.owner]))
+        owners = tape.owner[slots]
+        joined: set[int] = set()
+        for owner in np.unique(owners[self.which[owners] < 0]).tolist():
+            if tape.nodes[owner].target in (_aten.stack.default, _aten.cat.default):
+                joined.update(self.find_runs(owner))
+        for slot in slots.tolist():
+            if slot not in joined:
+                loop, position, step = self.locate(int(tape.values[slot]))
+                if position not in self.flows[loop].sliced:
+                    self.steps[loop, position].add(step)
+        for (loop, position), steps in self.steps.items():
+            if len(steps) > _FEW and all(_is_contiguous(self.spec_at(loop, position, step)) for step in steps):
+                self.stacked.add((loop, position))
+
+    def find_runs(self, owner: int) -> Iterator[int]:
+        """Note the complete runs of loop values that a ``stack`` or ``cat`` joins; yield their slots."""
+        tape = self.tape
+        node = tape.nodes[owner]
+        begin = int(tape.first[owner])
+        items = tape.values[begin : begin + len(node.args[0])]  # type: ignore[arg-type]
+        if not _is_contiguous(spec_of(node)):
+            return
+        pieces: list[_Run | int] = []
+        slots: list[int] = []
+        at = 0
+        while at < len(items):
+            run = self.run_at(items, at)
+            pieces.append(int(items[at]) if run is None else run)
+            length = 1 if run is None else self.repeats[run.loop].trips
+            if run is not None:
+                self.stacked.add((run.loop, run.position))
+                slots.extend(range(begin + at, begin + at + length))
+            at += length
+        if slots:
+            self.joins[owner] = pieces
+        yield from slots
+
+    def run_at(self, items: np.ndarray[Any, np.dtype[np.int64]], at: int) -> _Run | None:
+        """The complete run of loop values that starts at ``items[at]``."""
+        if items[at] < 0 or self.which[items[at]] < 0:
+            return None
+        loop, position, step = self.locate(int(items[at]))
+        repeat = self.repeats[loop]
+        if step not in (0, repeat.trips - 1) or position in self.flows[loop].sliced:
+            return None
+        wanted = repeat.start + position + repeat.period * np.arange(repeat.trips)
+        wanted = wanted if step == 0 else wanted[::-1]
+        return _Run(loop, position, step != 0) if np.array_equal(items[at : at + repeat.trips], wanted) else None
+
+    def locate(self, reference: int) -> tuple[int, int, int]:
+        """The loop, position and step of a value."""
+        loop = int(self.which[reference])
+        step, position = divmod(reference - self.repeats[loop].start, self.repeats[loop].period)
+        return loop, position, step
+
+    def spec_at(self, loop: int, position: int, step: int) -> Spec:
+        """The spec of a loop's value."""
+        repeat = self.repeats[loop]
+        return spec_of(self.tape.nodes[repeat.start + position + step * repeat.period])
+
+    # The new graph
+
+    def run(self, roll_body: Any) -> fx.GraphModule:
+        """Emit leaves, straight code and loops in order."""
+        tape = self.tape
+        for op in ("placeholder", "get_attr"):
+            for index, leaf in enumerate(tape.leaves):
+                if leaf.op == op:
+                    self.values[-1 - index] = self.graph.node_copy(leaf)
+        at = 0
+        while at < len(tape.nodes):
+            loop = int(self.which[at])
+            if loop >= 0:
+                self.emit_loop(loop, roll_body)
+                at = self.repeats[loop].stop
+                continue
+            if tape.select_base[at] == NOT_A_SELECT:  # selects are emitted where they are still used
+                self.values[at] = self.emit_straight(at)
+            at += 1
+        return assemble(self.graph, self.module, self.loops)
+
+    def emit(self, target: Any, args: tuple[Any, ...], spec: Spec, site: Site | None, **kwargs: Any) -> fx.Node:
+        """Append one operation."""
+        return stamp(self.graph.call_function(target, args, kwargs), spec, site)
+
+    def emit_straight(self, at: int) -> fx.Node:
+        """Copy a node outside the loops."""
+        tape = self.tape
+        node = tape.nodes[at]
+        if at in self.joins:
+            return self.emit_join(at)
+        references = iter(tape.values[tape.first[at] : tape.first[at + 1]].tolist())
+
+        def leaf(value: Any) -> Any:
+            reference = next(references)
+            return self.value(reference) if isinstance(value, fx.Node) else value
+
+        args = tuple(rebuild(item, leaf) for item in node.args)
+        kwargs = rebuild(dict(node.kwargs), leaf)
+        copy = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        copy.meta = dict(node.meta)
+        return copy
+
+    def value(self, reference: int) -> fx.Node:
+        """The node in the new graph of a value of the old one."""
+        found = self.values.get(reference)
+        if found is not None:
+            return found
+        tape = self.tape
+        node = tape.nodes[reference]
+        loop = int(self.which[reference])
+        if loop >= 0:
+            _, position, step = self.locate(reference)
+            if position not in self.flows[loop].sliced:
+                rolled = self.rolled[loop]
+                if (position, step) in rolled.result:
+                    made = self.emit_result(loop, position, step)
+                else:
+                    args = (self.emit_result(loop, position, None), 0, step)
+                    made = self.emit(_aten.select.int, args, spec_of(node), site_of(node))
+                self.values[reference] = made
+                return made
+        base, dim, index = (int(a[reference]) for a in (tape.select_base, tape.select_dim, tape.select_index))
+        self.values[reference] = made = self.emit(
+            _aten.select.int, (self.value(base), dim, index), spec_of(node), site_of(node)
+        )
+        return made
+
+    def emit_result(self, loop: int, position: int, step: int | None) -> fx.Node:
+        """The ``getitem`` of a loop's result, which every use shares."""
+        rolled = self.rolled[loop]
+        index = rolled.result[position, step]
+        for user in rolled.node.users:
+            if user.args[1] == index:
+                return user
+        with self.graph.inserting_after(rolled.node):
+            node = self.graph.call_function(operator.getitem, (rolled.node, index))
+        return stamp(node, spec_of(rolled.node)[index], site_of(rolled.node))  # type: ignore[index]
+
+    def emit_join(self, at: int) -> fx.Node:
+        """A ``stack`` or ``cat`` of complete runs: of the loops' stacked results instead."""
+        node = self.tape.nodes[at]
+        spec, site = spec_of(node), site_of(node)
+        assert isinstance(spec, TensorSpec)
+        rank = len(spec.shape)
+        dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank  # type: ignore[arg-type]
+        stack = node.target is _aten.stack.default
+        parts: list[fx.Node] = []
+        for piece in self.joins[at]:
+            if isinstance(piece, _Run):
+                parts.append(self.emit_run(piece, dim, site, stack=stack))
+            elif stack:
+                value = self.value(piece)
+                shape, strides = spec.shape[:dim] + (1,) + spec.shape[dim + 1 :], _strides(spec.shape)
+                parts.append(self.emit(_aten.unsqueeze.default, (value, dim), _dense(spec, shape, strides), site))
+            else:
+                parts.append(self.value(piece))
+        return parts[0] if len(parts) == 1 else self.emit(_aten.cat.default, (parts, dim), spec, site)
+
+    def emit_run(self, run: _Run, dim: int, site: Site | None, *, stack: bool) -> fx.Node:
+        """The stacked values ``(T, ...)`` of a loop as ``stack(values, dim)`` or ``cat(values, dim)``, contiguous."""
+        made = self.emit_result(run.loop, run.position, None)
+        spec = spec_of(made)
+        assert isinstance(spec, TensorSpec)
+        if run.reverse:
+            made = self.emit(_aten.flip.default, (made, [0]), spec, site)
+        shape = spec.shape
+        if dim:
+            order = [*range(1, dim + 1), 0, *range(dim + 1, len(shape))]
+            moved = _dense(spec, tuple(shape[i] for i in order), tuple(spec.stride[i] for i in order))
+            made = self.emit(_aten.permute.default, (made, order), moved, site)
+            shape = moved.shape
+            made = self.emit(
+                _aten.clone.default, (made,), _dense(spec, shape), site, memory_format=torch.contiguous_format
+            )
+        if not stack:
+            shape = (*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :])
+            made = self.emit(_aten.view.default, (made, list(shape)), _dense(spec, shape), site)
+        return made
+
+    def emit_loop(self, number: int, roll_body: Any) -> None:
+        """Append the loop's call; its results are unpacked when they are used."""
+        repeat = self.repeats[number]
+        body = _Body(self, number)
+        results: list[Result] = []
+        specs: list[Spec] = []
+        found: dict[tuple[int, int | None], int] = {}
+
+        def result(position: int, step: int | None) -> None:
+            found[position, step] = len(results)
+            output = body.output(position)
+            spec = self.spec_at(number, position, 0 if step is None else step)
+            if step is not None:
+                results.append(Step(output, step))
+            else:
+                assert isinstance(spec, TensorSpec)
+                results.append(Stacked(output))
+                spec = _dense(spec, (repeat.trips, *spec.shape))
+            specs.append(spec)
+
+        for position in sorted({at for loop, at in {*self.steps, *self.stacked} if loop == number}):
+            steps = self.steps.get((number, position), set())
+            stacked = (number, position) in self.stacked
+            if stacked:
+                result(position, None)
+            contiguous = all(_is_contiguous(self.spec_at(number, position, step)) for step in steps)
+            if not (stacked and contiguous and len(steps) > _FEW):
+                for step in sorted(steps):
+                    result(position, step)
+        loop = Loop(roll_body(body.finish()), repeat.trips, body.bindings, results)
+        name = f"loop_{number}"
+        while hasattr(self.module, name):
+            name = f"{name}_0"
+        self.loops[name] = loop
+        operands = tuple(
+            self.emit_result(key[0], key[1], None) if isinstance(key, tuple) else self.value(key)
+            for key in body.operands
+        )
+        node = stamp(
+            self.graph.create_node("call_module", name, operands, name=name),
+            tuple(specs),
+            site_of(self.tape.nodes[repeat.start]),
+        )
+        self.rolled.append(_Rolled(node, found))
+
+
+class _Body:
+    """Builds the body graph of one repeat from its last iteration, with the bindings and operands it needs."""
+
+    def __init__(self, roller: _Roller, number: int) -> None:
+        self.roller = roller
+        self.tape = tape = roller.tape
+        self.repeat = repeat = roller.repeats[number]
+        self.flow: Dataflow = roller.flows[number]
+        self.graph = fx.Graph()
+        self.bindings: list[Binding] = []
+        self.operands: dict[int | tuple[int, int], int] = {}
+        self.outputs: dict[int, int] = {}
+        self.placeholders: dict[Any, fx.Node] = {}
+        self.nodes: dict[int, fx.Node] = {}
+        self.last = repeat.stop - repeat.period
+        offset = int(tape.first[repeat.start])
+        self.span = [
+            (int(tape.first[repeat.start + i]) - offset, int(tape.first[repeat.start + i + 1]) - offset)
+            for i in range(repeat.period)
+        ]
+        bound: dict[int, fx.Node] = {}
+        for position in range(repeat.period):
+            if position not in self.flow.sliced:
+                for slot in range(*self.span[position]):
+                    column = self.flow.columns[slot]
+                    if not isinstance(column, (Same, Fixed)):
+                        bound[slot] = self.bind(column, slot)
+        for position in range(repeat.period):
+            if position not in self.flow.sliced:
+                self.nodes[position] = self.copy(position, bound)
+
+    def copy(self, position: int, bound: dict[int, fx.Node]) -> fx.Node:
+        """Copy the node at ``position`` of the last iteration into the body."""
+        node = self.tape.nodes[self.last + position]
+        slots = iter(range(*self.span[position]))
+
+        def leaf(_: Any) -> Any:
+            slot = next(slots)
+            column = self.flow.columns[slot]
+            if isinstance(column, Same):
+                return self.nodes[column.position]
+            return column.value if isinstance(column, Fixed) else bound[slot]
+
+        args = tuple(rebuild(item, leaf) for item in node.args)
+        kwargs = rebuild(dict(node.kwargs), leaf)
+        copy = self.graph.create_node(node.op, node.target, args, kwargs)
+        copy.meta = dict(node.meta)
+        return copy
+
+    def operand(self, key: int | tuple[int, int]) -> int:
+        """The operand number of a value, or of the stacked values ``(loop, position)``."""
+        return self.operands.setdefault(key, len(self.operands))
+
+    def bind(self, column: Column, slot: int) -> fx.Node:
+        """The placeholder of what the slot holds; equal bindings share one."""
+        node = self.tape.nodes[self.last + int(np.searchsorted(self.starts, slot, side="right")) - 1]
+        site = site_of(node)
+        spec: Spec
+        match column:
+            case Carried(position, _, init):
+                key: Any = column
+                source = self.tape.nodes[self.last + position]
+                if key not in self.placeholders:
+                    self.add(key, f"{source.name}_before", spec_of(source), site)
+                    self.bindings.append(Carried(-1, column.distance, tuple(self.operand(item) for item in init)))
+                    self.carried.append((len(self.bindings) - 1, position))
+            case Scanned(base, dim, indices):
+                key = (Scanned, base, dim, tuple(indices))
+                if key not in self.placeholders:
+                    source = self.tape.node(base)
+                    self.add(key, f"{source.name}_step", _selected(spec_of(source), dim), site)
+                    self.bindings.append(Scanned(self.operand(base), dim, indices))
+            case Table(references):
+                key = column
+                if key not in self.placeholders:
+                    source = self.tape.node(references[-1])
+                    self.add(key, f"{source.name}_each", spec_of(source), site)
+                    self.bindings.append(self.table(references))
+            case Invariant(reference):
+                key = column
+                if key not in self.placeholders:
+                    source = self.tape.node(reference)
+                    self.add(key, source.name, spec_of(source), site)
+                    self.bindings.append(Invariant(self.operand(reference)))
+            case Literal(values):
+                key = (Literal, *map(literal_key, values))
+                if key not in self.placeholders:
+                    self.add(key, "index" if isinstance(values[0], int) else "literal", None, site)
+                    self.bindings.append(column)
+            case _:
+                raise AssertionError(column)
+        return self.placeholders[key]
