@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Geometry", "Region", "View", "geometry_of", "storage_key"]
 
 Geometry: TypeAlias = tuple[Any, ...]
-"""``(dtype, shape, strides, offset, requires_grad)``; the last only where gradients are recorded."""
+"""``(dtype, shape, strides, offset)``, and a fifth entry ``True`` for a detached view (see :mod:`fxjacobi.memory`)."""
 
 _untyped_storage = torch._C.TensorBase.untyped_storage
 
@@ -32,26 +32,29 @@ def storage_key(tensor: torch.Tensor) -> int:
     return key
 
 
-def geometry_of(tensor: torch.Tensor, gradients: bool) -> Geometry:
+def geometry_of(tensor: torch.Tensor) -> Geometry:
     """Return how ``tensor`` looks at its storage."""
     return (
         tensor.dtype,
         tensor.shape,
         tensor.stride(),
         tensor.storage_offset(),
-        gradients and tensor.requires_grad,
     )
 
 
 @dataclass(slots=True)
 class View:
-    """One geometry of a region: its node, valid at ``version``, and the operation that derives it from ``parent``."""
+    """One geometry of a region: its node, valid at ``version``, and the operation that derives it from ``parent``.
+
+    ``requires_grad`` is set once a tensor that looks so was seen to require gradients.
+    """
 
     node: fx.Node
     version: int
     parent: Geometry | None = None
     op: Any = None
     args: tuple[Any, ...] = ()
+    requires_grad: bool = False
 
 
 @dataclass(slots=True)

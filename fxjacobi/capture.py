@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxjacobi.aliasing import Region, geometry_of, storage_key
+from fxjacobi.aliasing import Region, storage_key
 from fxjacobi.errors import CaptureError
 from fxjacobi.graph import TensorSpec, is_random, make_module, spec_of_value, stamp
 from fxjacobi.outline import Outliner
@@ -159,13 +159,13 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     recorder = Recorder(graph, _Attacher(root), watch.tensors, gradients)
     placeholders = []
     for position, tensor in enumerate(tensors):
-        with graph.inserting_before(recorder.front):
+        with graph.inserting_before(recorder.memory.front):
             placeholders.append(graph.placeholder(f"input_{position}"))
         if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
             recorder.failure = CaptureError(f"argument {position} has layout {tensor.layout}", remedy="pass it dense")
             stamp(placeholders[-1], spec_of_value(tensor))
         else:
-            recorder.add_input(tensor, placeholders[-1])
+            recorder.memory.add_input(tensor, placeholders[-1])
     if arrays:
         recorder.failure = CaptureError("an argument is a NumPy array", remedy="pass it as a tensor")
     outliner = Outliner(recorder)
@@ -281,7 +281,7 @@ class _Finish:
         self.results: list[torch.Tensor] = []
 
     def capture(self, skeleton: Skeleton, specs: Any, result: Any, elapsed: float) -> Capture:
-        recorder, graph = self.recorder, self.recorder.graph
+        recorder, graph = self.recorder, self.recorder.memory.graph
         self._check_inputs(specs)
         self._widen_watch()
         opaque: list[Any] = []
@@ -295,14 +295,14 @@ class _Finish:
         sources = tuple(self._source(tensor) for tensor in tensors)
         effects: list[TensorEffect | AttributeEffect] = [
             self._tensor_effect(region)
-            for region in list(recorder.regions.values())
+            for region in list(recorder.memory.regions.values())
             if region.birth < 0 and region.version and region.tensor is not None
         ]
         states, attribute_effects = self._state()
         graph.output(tuple(self.values))
-        operations = len(recorder.nodes)
+        operations = len(recorder.memory.nodes)
         self.outliner.finish(self.root)
-        graph.erase_node(recorder.front)
+        graph.erase_node(recorder.memory.front)
         module = make_module(self.root, graph)
         return Capture(
             graph_module=module,
@@ -349,7 +349,7 @@ class _Finish:
         for tensor in tensors:
             count[storage_key(tensor)] = count.get(storage_key(tensor), 0) + 1
         for tensor in tensors:
-            region = self.recorder.regions.get(storage_key(tensor))
+            region = self.recorder.memory.regions.get(storage_key(tensor))
             if region is not None and region.version and region.birth >= 0 and count[storage_key(tensor)] > 1:
                 for view in region.views.values():
                     if view.parent is not None:
@@ -357,16 +357,16 @@ class _Finish:
 
     def _source(self, tensor: torch.Tensor) -> int | ViewOfWritten:
         recorder = self.recorder
-        region = recorder.regions.get(storage_key(tensor))
+        region = recorder.memory.regions.get(storage_key(tensor))
         if region is not None and region.birth < 0 and region.version:
             steps = []
-            at = geometry_of(tensor, recorder.gradients)
+            at = recorder.memory.key(region, tensor)
             while region.views[at].parent is not None:
                 steps.append((region.views[at].op, region.views[at].args))
                 at = region.views[at].parent  # type: ignore[assignment]
             target, position = self._target(region)
             return ViewOfWritten(target, position, tuple(reversed(steps)))
-        return self._value(recorder.lookup(tensor), tensor)
+        return self._value(recorder.memory.lookup(tensor), tensor)
 
     def _value(self, node: fx.Node, tensor: torch.Tensor) -> int:
         self.values.append(node)
@@ -394,7 +394,7 @@ class _Finish:
                     f"{change.name} changed during the run, from {change.before!r:.80} to {change.after!r:.80}",
                     remedy="keep changing state in tensors, or outside the compiled function",
                 )
-            region = self.recorder.regions.get(storage_key(change.after))
+            region = self.recorder.memory.regions.get(storage_key(change.after))
             if region is None or region.birth < 0:
                 raise CaptureError(
                     f"{change.name} was rebound to memory that was there before the run", remedy="clone it"
@@ -403,7 +403,7 @@ class _Finish:
                 AttributeEffect(
                     change.container,
                     change.key,
-                    self._value(self.recorder.lookup(change.after), change.after),
+                    self._value(self.recorder.memory.lookup(change.after), change.after),
                     change.before,
                 )
             )
@@ -415,7 +415,7 @@ class _Finish:
         return tuple(states), tuple(effects)
 
     def _state_input(self, change: Any) -> list[StateInput]:
-        node = self.recorder.externals.get(storage_key(change.before))
+        node = self.recorder.memory.externals.get(storage_key(change.before))
         if node is None:
             return []
         if self.watch.count(change.before) > 1:
@@ -424,7 +424,7 @@ class _Finish:
             )
         if node.meta["spec"] != spec_of_value(change.before):
             raise CaptureError(f"{change.name} was rebound, and what it held is a view", remedy="clone it")
-        graph = self.recorder.graph
+        graph = self.recorder.memory.graph
         first = next(iter(graph.nodes))
         last = [n for n in graph.nodes if n.op == "placeholder"]
         position = graph.inserting_after(last[-1]) if last else graph.inserting_before(first)

@@ -91,6 +91,8 @@ class _Compilation:
         capture = self.capture
         if capture.mixed_grad_mode:
             return _as_it_is(self.fn, capture, f"gradients are switched inside the run at {capture.mixed_grad_mode}")
+        if any(isinstance(e, TensorEffect) and capture.results[e.value].requires_grad for e in capture.effects):
+            return _as_it_is(self.fn, capture, "it writes to its arguments or buffers in a way that gradients flow through")
         stages: dict[str, fx.GraphModule] = {"capture": capture.graph_module}
         module = capture.graph_module
         for each in pipeline(self.options, gradients=capture.gradients):
@@ -155,6 +157,9 @@ class _Compilation:
 
     def _differs(self, values: Sequence[torch.Tensor]) -> Any:
         found = [v.detach() for v in values]
+        for position, (value, wanted) in enumerate(zip(values, self.capture.results, strict=True)):
+            if value.requires_grad != wanted.requires_grad:
+                return f"output {position} requires_grad is {value.requires_grad}, ordinarily {wanted.requires_grad}"
         if self.options.exact:
             return first_difference(found, [r.detach() for r in self._wanted()])
         return None

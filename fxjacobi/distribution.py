@@ -119,6 +119,10 @@ class Distribution:
             base, seen_view = inputs[0], True
         return seen_view and (self.is_source(base) or elements(spec_of(base)) <= _LIGHT * elements(spec_of(node)))
 
+    def is_few(self, block: Block) -> bool:
+        """Whether ``block`` is evaluated at so few steps that what it reads is handed to it one by one."""
+        return len(block.steps) == 1 or len(block.steps) <= min(FEW, self.loop.trip_count // 2)
+
     def _is_literal(self, node: fx.Node) -> bool:
         return isinstance(self.equations.bindings.get(node), Literal)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import fx
 
 from fxjacobi import ops
-from fxjacobi.distribution import FEW, Block, Distribution
+from fxjacobi.distribution import Block, Delayed, Distribution
 from fxjacobi.emit import dense_stride, is_dense, rebuilt
 from fxjacobi.equations import body_outputs, is_effect
 from fxjacobi.graph import Spec, TensorSpec, site_of, spec_of, stamp
@@ -82,6 +82,7 @@ class Drafts:
         self.distribution = distribution
         self.bindings = distribution.equations.bindings
         self.position = {node: i for i, node in enumerate(self.loop.body.graph.nodes)}
+        self.cyclic = {node for component in distribution.equations.recurrences for node in component.nodes}
         self.drafts = [Draft(block) for block in distribution.blocks]
         self.results = [self._result(result) for result in self.loop.results]
         for draft in reversed(self.drafts):
@@ -92,10 +93,10 @@ class Drafts:
     def _result(self, result: Result) -> Reference:
         node = self.outputs[result.output]
         if isinstance(result, Step):
-            return self._at(node, result.step)
-        return self._stack(node)
+            return self.at(node, result.step)
+        return self.stack(node)
 
-    def _at(self, node: fx.Node, step: int) -> Reference:
+    def at(self, node: fx.Node, step: int) -> Reference:
         """Ask for ``node`` at ``step``."""
         binding = self.bindings.get(node)
         match binding:
@@ -106,7 +107,7 @@ class Drafts:
             case Carried(output, distance, init):
                 if step < distance:
                     return Operand(init[step])
-                return self._at(self.outputs[output], step - distance)
+                return self.at(self.outputs[output], step - distance)
         if node in self.distribution.equations.invariant:
             return Hoisted(node)
         reference = At(node, step)
@@ -114,80 +115,38 @@ class Drafts:
             self.drafts[self.distribution.home[node]].exports[reference] = None
         return reference
 
-    def _stack(self, node: fx.Node) -> Reference:
+    def stack(self, node: fx.Node) -> Reference:
         """Ask for ``node`` at all steps."""
         reference = Stack(node)
-        if node in self.distribution.home:
-            behind = self.distribution.delayed(node) if node.op == "placeholder" else None
-            if behind is None:
-                self.drafts[self.distribution.home[node]].exports[reference] = None
-                return reference
-        if isinstance(self.bindings.get(node), Carried):
-            behind = self.distribution.delayed(node)
-            assert behind is not None
-            if behind.distance < self.loop.trip_count:
-                self._stack(behind.base)
+        behind = self.delayed_elsewhere(node)
+        if behind is not None:
+            if not self.by_table(behind):
+                self.stack(behind.base)
+        elif node in self.distribution.home:
+            self.drafts[self.distribution.home[node]].exports[reference] = None
         return reference
 
     # Bodies.
 
     def _draft_body(self, draft: Draft) -> None:
         """Build the body of ``draft`` from what is asked of it."""
-        component = set(self.distribution.equations.graph.nodes).intersection(draft.block.nodes)
-        own = [n for n in draft.block.nodes if self._is_root(n, draft, component)]
-        own += [reference.node for reference in draft.exports]
-        members, imports = self._closure(own, draft.block)
-        graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-        carries: list[tuple[int, fx.Node, int, tuple[int, ...]]] = []
-        relaid = []
-        for node in sorted([*imports, *(n for n in members if n.op == "placeholder")], key=self.position.__getitem__):
-            binding = self.bindings.get(node)
-            own_carry = node in members
-            behind = self.distribution.delayed(node) if isinstance(binding, Carried) and not own_carry else None
-            if own_carry:
+        roots = [n for n in draft.block.nodes if (n in self.cyclic if draft.block.recurrence else is_effect(n))]
+        members, imports = self._closure([*roots, *(reference.node for reference in draft.exports)], draft.block)
+        builder = _Body(self, draft)
+        carried = {node for node in members if node.op == "placeholder"}
+        for node in sorted(imports | carried, key=self.position.__getitem__):
+            behind = self.delayed_elsewhere(node) if node in imports else None
+            if node in carried:
+                binding = self.bindings[node]
                 assert isinstance(binding, Carried)
-                init = tuple(draft.operand(Operand(i)) for i in binding.init)
-                carries.append((len(draft.bindings), self.outputs[binding.output], binding.distance, init))
-                draft.bindings.append(Carried(-1, binding.distance, init))
-                env[node] = self._placeholder(graph, node, spec_of(node))
-            elif behind is not None and self._passes_through(node, draft.block):
+                builder.carry(node, self.outputs[binding.output], binding.distance, binding.init)
+            elif behind is not None and self._passes_through(behind, draft.block):
                 # Initial and later values are laid out differently: stacking them would change what kernels see.
-                if behind.base not in env:
-                    env[behind.base] = self._import(graph, draft, behind.base, relaid)
-                init = tuple(draft.operand(Operand(i)) for i in behind.init)
-                carries.append((len(draft.bindings), behind.base, behind.distance, init))
-                draft.bindings.append(Carried(-1, behind.distance, init))
-                env[node] = self._placeholder(graph, node, spec_of(node))
-            elif node not in env:
-                env[node] = self._import(graph, draft, node, relaid)
-        for node in relaid:
-            spec = spec_of(node)
-            assert isinstance(spec, TensorSpec)
-            env[node] = stamp(graph.call_function(ops.restride, (env[node], spec.stride)), spec, site_of(node))
-        for node in sorted((n for n in members if n.op != "placeholder"), key=self.position.__getitem__):
-            env[node] = graph.node_copy(node, env.__getitem__)
-
-        produced: dict[fx.Node, int] = {}
-        for slot, producer, distance, init in carries:
-            index = produced.setdefault(producer, len(produced))
-            draft.bindings[slot] = Carried(index, distance, init)
-        for reference in draft.exports:
-            index = produced.setdefault(reference.node, len(produced))
-            if isinstance(reference, Stack):
-                draft.results.append(Stacked(index))
+                builder.read(behind.base)
+                builder.carry(node, behind.base, behind.distance, behind.init)
             else:
-                draft.results.append(Step(index, draft.block.steps.index(reference.step)))
-        graph.output(tuple(env[node] for node in produced))
-        draft.body = rebuilt(self.loop.body, graph, {})
-
-    def _is_root(self, node: fx.Node, draft: Draft, component: set[fx.Node]) -> bool:
-        if not draft.block.recurrence:
-            return is_effect(node)
-        representative = self.distribution.representative
-        in_component = any(
-            node in c.nodes for c in self.distribution.equations.recurrences if representative[node] in c.nodes
-        )
-        return node in component and in_component
+                builder.read(node)
+        builder.finish(sorted(members - carried, key=self.position.__getitem__))
 
     def _closure(self, roots: Sequence[fx.Node], block: Block) -> tuple[set[fx.Node], set[fx.Node]]:
         """Return the nodes that the block evaluates, and those that it reads from elsewhere."""
@@ -206,47 +165,90 @@ class Drafts:
                 imports.add(node)
         return members, imports
 
-    def _few(self, block: Block) -> bool:
-        return len(block.steps) == 1 or len(block.steps) <= min(_FEW, self.loop.trip_count // 2)
+    def delayed_elsewhere(self, node: fx.Node) -> Delayed | None:
+        """What a carried placeholder of another block delays, if it is one."""
+        return self.distribution.delayed(node) if isinstance(self.bindings.get(node), Carried) else None
 
-    def _passes_through(self, node: fx.Node, block: Block) -> bool:
-        behind = self.distribution.delayed(node)
-        if behind is None or behind.uniform or self._few(block) or behind.distance >= self.loop.trip_count:
-            return False
-        return not self._by_table(behind.base)
+    def _passes_through(self, behind: Delayed, block: Block) -> bool:
+        return not (behind.uniform or self.distribution.is_few(block) or self.by_table(behind))
 
-    def _by_table(self, base: fx.Node) -> bool:
-        return base in self.distribution.equations.invariant or isinstance(self.bindings.get(base), Table)
+    def by_table(self, behind: Delayed) -> bool:
+        """Whether the delayed value is made of operands only, so that a table of them names it at each step."""
+        return (
+            behind.distance >= self.loop.trip_count
+            or behind.base in self.distribution.equations.invariant
+            or isinstance(self.bindings.get(behind.base), Table)
+        )
 
-    def _import(self, graph: fx.Graph, draft: Draft, node: fx.Node, relaid: list[fx.Node]) -> fx.Node:
-        """Add a placeholder for ``node`` of elsewhere, with its binding."""
-        steps, binding, spec = draft.block.steps, self.bindings.get(node), spec_of(node)
-        behind = self.distribution.delayed(node) if isinstance(binding, Carried) else None
+
+class _Body:
+    """The body of one block, under construction."""
+
+    def __init__(self, drafts: Drafts, draft: Draft) -> None:
+        self.drafts, self.draft = drafts, draft
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.relaid: list[fx.Node] = []
+        self.carries: dict[int, tuple[fx.Node, int, tuple[int, ...]]] = {}
+
+    def _placeholder(self, node: fx.Node, spec: Spec, binding: Binding) -> None:
+        self.draft.bindings.append(binding)
+        self.env[node] = stamp(self.graph.placeholder(node.name), spec, site_of(node))
+
+    def carry(self, node: fx.Node, producer: fx.Node, distance: int, init: tuple[int, ...]) -> None:
+        """Add ``node`` as the value that ``producer`` had ``distance`` steps before."""
+        operands = tuple(self.draft.operand(Operand(i)) for i in init)
+        self.carries[len(self.draft.bindings)] = producer, distance, operands
+        self._placeholder(node, spec_of(node), Carried(-1, distance, operands))
+
+    def read(self, node: fx.Node) -> None:
+        """Add ``node``, a value from outside the block, with its binding."""
+        if node in self.env:
+            return
+        drafts, draft, spec = self.drafts, self.draft, spec_of(node)
+        distribution, steps, binding = drafts.distribution, draft.block.steps, drafts.bindings.get(node)
+        behind = drafts.delayed_elsewhere(node)
         new: Binding
-        if node in self.distribution.equations.invariant:
-            new = Invariant(draft.operand(self._at(node, 0)))
+        if node in distribution.equations.invariant:
+            new = Invariant(draft.operand(drafts.at(node, 0)))
         elif isinstance(binding, Literal):
             new = Literal(tuple(binding.values[t] for t in steps))
         elif isinstance(binding, Scanned):
-            every = len(steps) == self.loop.trip_count
+            every = len(steps) == drafts.loop.trip_count
             indices = binding.indices if every else tuple(binding.indices[t] for t in steps)
             new = Scanned(draft.operand(Operand(binding.operand)), binding.dim, indices)
         elif (
             isinstance(binding, Table)
-            or self._few(draft.block)
-            or (behind is not None and (behind.distance >= self.loop.trip_count or self._by_table(behind.base)))
+            or distribution.is_few(draft.block)
+            or (behind is not None and drafts.by_table(behind))
         ):
-            new = Table(tuple(draft.operand(self._at(node, t)) for t in steps))
+            new = Table(tuple(draft.operand(drafts.at(node, t)) for t in steps))
         else:
-            new = Scanned(draft.operand(self._stack(node)), 0, range(self.loop.trip_count))
+            new = Scanned(draft.operand(drafts.stack(node)), 0, range(drafts.loop.trip_count))
             assert isinstance(spec, TensorSpec)
-            dense = TensorSpec(spec.shape, spec.dtype, spec.device, _dense_stride(spec.shape))
-            if any(size > 1 and a != b for size, a, b in zip(spec.shape, spec.stride, dense.stride, strict=True)):
-                relaid.append(node)
-                spec = dense
-        draft.bindings.append(new)
-        return self._placeholder(graph, node, spec)
+            if not is_dense(spec):
+                self.relaid.append(node)
+                spec = TensorSpec(spec.shape, spec.dtype, spec.device, dense_stride(spec.shape))
+        self._placeholder(node, spec, new)
 
-    def _placeholder(self, graph: fx.Graph, node: fx.Node, spec: Spec) -> fx.Node:
-        return stamp(graph.placeholder(node.name), spec, site_of(node))
-
+    def finish(self, members: Sequence[fx.Node]) -> None:
+        """Add what the block computes and what it hands out."""
+        draft = self.draft
+        for node in self.relaid:
+            spec = spec_of(node)
+            assert isinstance(spec, TensorSpec)
+            relaid = self.graph.call_function(ops.restride, (self.env[node], spec.stride))
+            self.env[node] = stamp(relaid, spec, site_of(node))
+        for node in members:
+            self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+        produced: dict[fx.Node, int] = {}
+        for slot, (producer, distance, init) in self.carries.items():
+            draft.bindings[slot] = Carried(produced.setdefault(producer, len(produced)), distance, init)
+        for reference in draft.exports:
+            output = produced.setdefault(reference.node, len(produced))
+            if isinstance(reference, Stack):
+                draft.results.append(Stacked(output))
+            else:
+                draft.results.append(Step(output, draft.block.steps.index(reference.step)))
+        self.graph.output(tuple(self.env[node] for node in produced))
+        draft.body = rebuilt(self.drafts.loop.body, self.graph, {})

@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from fxjacobi.graph import Site, Spec, TensorSpec, spec_of, spec_of_value, stamp
+from fxjacobi.graph import Site, Spec, TensorSpec, make_module, spec_of, spec_of_value, stamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["call", "dense_stride", "elements", "infer", "is_dense", "is_view", "rebuilt", "same_layout", "size_in_bytes", "tensors_of"]
+__all__ = [
+    "call",
+    "dense_stride",
+    "elements",
+    "infer",
+    "is_dense",
+    "is_view",
+    "rebuilt",
+    "same_layout",
+    "size_in_bytes",
+    "tensors_of",
+]
 
 aten = torch.ops.aten
 
@@ -103,9 +114,8 @@ def rebuilt(module: fx.GraphModule, graph: fx.Graph, added: dict[str, nn.Module]
         if node.op in ("call_module", "get_attr"):
             target = str(node.target)
             root[target] = added[target] if target in added else _attribute(module, target)
-    result = fx.GraphModule(root, graph, class_name=type(module).__name__)
-    result.meta = dict(module.meta)
-    result.train(module.training)
+    result = make_module(root, graph)
+    result.meta.update(module.meta)
     return result
 
 

@@ -81,7 +81,7 @@ def is_effect(node: fx.Node) -> bool:
     """Whether ``node`` does more than return a value: a guard, a random draw, or a module that holds one."""
     if node.op == "call_module":
         return any(is_effect(inner) for module in _submodules(node) for inner in module.graph.nodes)
-    return node.target in (ops.guard, ops.guard_steps) or is_random(node)
+    return node.target in ops.GUARDS or is_random(node)
 
 
 def equations_of(loop: Loop) -> Equations:

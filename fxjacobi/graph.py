@@ -16,7 +16,7 @@ All of them are functional: no node writes to a value another node reads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import fx
@@ -89,7 +89,7 @@ def stamp(node: fx.Node, spec: Spec, site: Site | None = None) -> fx.Node:
     return node
 
 
-def make_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def make_module(root: torch.nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
     """A ``GraphModule`` whose Python code is written when it is first run or printed.
 
     Compiling the code of 20,000 nodes takes most of a second, and most stages of the compiler are never run.

@@ -84,12 +84,12 @@ class Outliner:
         recorder = self._recorder
         nodes = []
         for tensor in tensors:
-            region = recorder.regions.get(storage_key(tensor)) if type(tensor) is torch.Tensor else None
+            region = recorder.memory.regions.get(storage_key(tensor)) if type(tensor) is torch.Tensor else None
             # A view not registered yet, or memory first met here, is left to the ordinary recording.
             if region is None or region.tensor is tensor and region.origin is not None and region.origin.op == "get_attr":  # noqa: E501
                 return None
             try:
-                nodes.append(recorder.lookup(tensor))
+                nodes.append(recorder.memory.lookup(tensor))
             except Exception:  # noqa: BLE001 - the ordinary recording meets it again and reports it with its site
                 return None
         return nodes
@@ -104,23 +104,23 @@ class Outliner:
     ) -> Any:
         recorder = self._recorder
         self._entries[key] = None  # a recursive call is recorded in line
-        start, writes = len(recorder.nodes), len(recorder.written)
+        start, writes = len(recorder.memory.nodes), len(recorder.memory.written)
         result = original(module, *args, **kwargs)
-        if recorder.failure is not None or len(recorder.nodes) - start < _MINIMUM:
+        if recorder.failure is not None or len(recorder.memory.nodes) - start < _MINIMUM:
             return result
         opaque: list[Any] = []
         skeleton, tensors = split(result, opaque=opaque.append)
-        if opaque or any(birth < start for birth in recorder.written[writes:]):
+        if opaque or any(birth < start for birth in recorder.memory.written[writes:]):
             return result
-        nodes = recorder.nodes[start:]
+        nodes = recorder.memory.nodes[start:]
         inside = set(nodes)
         outputs, storages = [], set()
         for tensor in tensors:
-            region = recorder.regions.get(storage_key(tensor))
+            region = recorder.memory.regions.get(storage_key(tensor))
             if region is None or region.birth < start or storage_key(tensor) in storages:
                 return result
             storages.add(storage_key(tensor))
-            outputs.append(recorder.lookup(tensor))
+            outputs.append(recorder.memory.lookup(tensor))
         attributes: dict[fx.Node, None] = {}
         given = set(inputs)
         for node in nodes:
@@ -133,15 +133,15 @@ class Outliner:
                     attributes[source] = None
                 elif source not in given:
                     return result
-        if len(nodes) < 1 + len(outputs) or not set(outputs) <= inside or len(recorder.nodes) != start + len(nodes):
+        if len(nodes) < 1 + len(outputs) or not set(outputs) <= inside or len(recorder.memory.nodes) != start + len(nodes):
             return result
         watch = Watch()
         watch.add(module, "")
         name = f"recorded_{len(self._entries)}_{type(module).__name__.lower()}"
         specs = tuple(spec_of_value(t) for t in tensors)
         self._entries[key] = _Entry(
-            name, start, len(recorder.nodes), inputs, list(attributes), outputs, skeleton, specs, watch,
-            [region for region in recorder.regions.values() if region.origin in attributes],
+            name, start, len(recorder.memory.nodes), inputs, list(attributes), outputs, skeleton, specs, watch,
+            [region for region in recorder.memory.regions.values() if region.origin in attributes],
         )  # fmt: skip
         return result
 
@@ -156,7 +156,7 @@ class Outliner:
         finally:
             recorder.paused = False
         skeleton, tensors = split(result)
-        fresh = all(storage_key(t) not in recorder.regions for t in tensors)
+        fresh = all(storage_key(t) not in recorder.memory.regions for t in tensors)
         if skeleton != entry.skeleton or tuple(spec_of_value(t) for t in tensors) != entry.specs or not fresh:
             raise recorder.refuse(
                 f"{type(module).__name__} returned another structure than the first time, for equal arguments",
@@ -165,46 +165,45 @@ class Outliner:
         if not entry.reused:
             self._named.append(entry)
         entry.reused += 1
-        call = recorder.graph.create_node("call_module", entry.name, (*inputs, *entry.attributes))
+        call = recorder.memory.graph.create_node("call_module", entry.name, (*inputs, *entry.attributes))
         self._record(call, entry)
         for position, tensor in enumerate(tensors):
-            item = recorder.emit(getitem, (call, position), {}, entry.specs[position])
-            recorder.add_fresh(tensor, item)
+            item = recorder.memory.emit(getitem, (call, position), {}, entry.specs[position])
+            recorder.memory.add_fresh(tensor, item)
         return result
 
     def _record(self, call: fx.Node, entry: _Entry) -> None:
         call.meta["spec"], call.meta["site"] = entry.specs, self._recorder.sites.find()
-        self._recorder.nodes.append(call)
+        self._recorder.memory.nodes.append(call)
 
     def finish(self, root: nn.Module) -> None:
         """Turn the first recording of every reused submodule into a graph module of ``root`` and a call of it."""
         recorder = self._recorder
         modules: dict[str, fx.GraphModule] = {}
         for entry in sorted(self._named, key=lambda e: e.end - e.start):
-            nodes = [n for n in recorder.nodes[entry.start : entry.end] if n is not None]
+            nodes = [n for n in recorder.memory.nodes[entry.start : entry.end] if n is not None]
             module = _extract(entry, nodes, modules)
             modules[entry.name] = module
             root.add_module(entry.name, module)
             inside, outputs = set(nodes), set(entry.outputs)
             if any(user not in inside for node in nodes if node not in outputs for user in node.users):
                 continue  # a value leaves by another way (a view of it was made outside): the first call stays in line
-            with recorder.graph.inserting_before(nodes[0]):
-                call = recorder.graph.create_node("call_module", entry.name, (*entry.inputs, *entry.attributes))
+            with recorder.memory.graph.inserting_before(nodes[0]):
+                call = recorder.memory.graph.create_node("call_module", entry.name, (*entry.inputs, *entry.attributes))
                 call.meta["spec"], call.meta["site"] = entry.specs, nodes[0].meta["site"]
                 items = []
                 for position, output in enumerate(entry.outputs):
-                    item = recorder.graph.create_node("call_function", getitem, (call, position))
+                    item = recorder.memory.graph.create_node("call_function", getitem, (call, position))
                     item.meta["spec"], item.meta["site"] = entry.specs[position], output.meta["site"]
                     output.replace_all_uses_with(item)
                     items.append(item)
                     for other in self._named:  # an enclosing recording may return this value
                         other.outputs = [item if o is output else o for o in other.outputs]
                         other.inputs = [item if o is output else o for o in other.inputs]
-                    recorder.replaced[output] = item
             for node in reversed(nodes):
-                recorder.graph.erase_node(node)
+                recorder.memory.graph.erase_node(node)
             padding: list[Any] = [None] * (entry.end - entry.start - 1 - len(items))
-            recorder.nodes[entry.start : entry.end] = [call, *items, *padding]
+            recorder.memory.nodes[entry.start : entry.end] = [call, *items, *padding]
 
 
 def _extract(entry: _Entry, nodes: list[fx.Node], modules: dict[str, fx.GraphModule]) -> fx.GraphModule:

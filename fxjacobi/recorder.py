@@ -15,10 +15,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxjacobi import ops
-from fxjacobi.aliasing import Geometry, Region, View, geometry_of, storage_key
+from fxjacobi.aliasing import View, geometry_of, storage_key
 from fxjacobi.errors import CaptureError
-from fxjacobi.functional import basic_view_index, functional_counterpart, inverse_view, mutation_of
-from fxjacobi.graph import Site, Spec, TensorSpec, spec_of_value, stamp
+from fxjacobi.functional import functional_counterpart, mutation_of
+from fxjacobi.graph import Site, TensorSpec, spec_of_value
+from fxjacobi.memory import Memory, tensor_spec
 from fxjacobi.sites import SiteFinder
 
 if TYPE_CHECKING:
@@ -86,26 +87,14 @@ class Recorder(TorchDispatchMode):
         gradients: bool,
     ) -> None:
         super().__init__()
-        self.graph = graph
         self.gradients = gradients
         self.failure: CaptureError | None = None
         self.paused = False
         self.overhead_s = 0.0
-        self.nodes: list[fx.Node] = []  # operations in order, without placeholders and attributes
-        self.externals: dict[int, fx.Node] = {}  # storage key -> get_attr node
-        self.regions: dict[int, Region] = {}
+        self.memory = Memory(graph, attach, known, gradients, self.refuse)
         self.sites = SiteFinder()
         self.mixed_grad_mode: Site | None = None
-        self.written: list[int] = []  # birth of each region written to, in order
-        self.replaced: dict[fx.Node, fx.Node] = {}  # values of an outlined recording -> items of its call
         self._grad_mode = torch.is_grad_enabled()
-        self._attach = attach
-        self._known = known
-        self._literals: dict[tuple[Any, ...], fx.Node] = {}
-        self._objects: dict[int, fx.Node] = {}
-        self._site: Site | None = None
-        # Attributes go before the first operation, so that a range of operations can be cut out as a subgraph.
-        self.front = graph.create_node("call_function", ops.guard, (True, True), name="front")
 
     # -- dispatch -------------------------------------------------------------------------------------------------
 
@@ -116,7 +105,7 @@ class Recorder(TorchDispatchMode):
         if self.paused or self.failure is not None:
             return func(*args, **kwargs)
         start = time.perf_counter()
-        self._site = self.sites.find()
+        self.memory.site = self.sites.find()
         prepared: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         try:
             prepared = self._before(func, types, args, kwargs)
@@ -135,7 +124,7 @@ class Recorder(TorchDispatchMode):
 
     def refuse(self, message: str, remedy: str | None = None) -> CaptureError:
         """Return the error for something met at the present site."""
-        return CaptureError(message, site=str(self._site) if self._site else None, remedy=remedy)
+        return CaptureError(message, site=str(self.memory.site) if self.memory.site else None, remedy=remedy)
 
     def _before(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -150,7 +139,7 @@ class Recorder(TorchDispatchMode):
         if name in _REFUSED:
             raise self.refuse(f"{_REFUSED[name]} ({func})", "use an out-of-place operation")
         if self.gradients and torch.is_grad_enabled() != self._grad_mode and self.mixed_grad_mode is None:
-            self.mixed_grad_mode = self._site
+            self.mixed_grad_mode = self.memory.site
         mutation = mutation_of(func)
         if mutation is not None:
             self._save_before_write([args[p] for p in mutation.positions if p < len(args)])
@@ -163,8 +152,8 @@ class Recorder(TorchDispatchMode):
         """Keep what memory from before the run held, so that the emitted module can be checked against this run."""
         for target in targets:
             if isinstance(target, torch.Tensor):
-                self.lookup(target)
-                region = self.regions[storage_key(target)]
+                self.memory.lookup(target)
+                region = self.memory.regions[storage_key(target)]
                 if region.birth < 0 and region.version == 0 and region.tensor is not None and region.saved is None:
                     region.saved = region.tensor.detach().clone()
 
@@ -173,120 +162,14 @@ class Recorder(TorchDispatchMode):
 
     def _lookup_any(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return self.lookup(value)
+            return self.memory.lookup(value)
         if isinstance(value, (list, tuple)):
             return type(value)([self._lookup_any(item) for item in value]) if value else value
         if isinstance(value, torch.Generator):
-            return self._object(value)
+            return self.memory.object(value, "generator")
         return value
 
-    def _object(self, value: Any) -> fx.Node:
-        if id(value) not in self._objects:
-            name = self._attach(value, "generator")
-            with self.graph.inserting_before(self.front):
-                self._objects[id(value)] = stamp(self.graph.get_attr(name), None)
-        return self._objects[id(value)]
-
-    # -- values ---------------------------------------------------------------------------------------------------
-
-    def lookup(self, tensor: torch.Tensor) -> fx.Node:
-        """Return the node of ``tensor``'s present value."""
-        key = storage_key(tensor)
-        region = self.regions.get(key)
-        geometry = geometry_of(tensor, self.gradients)
-        if region is None:
-            if key not in self._known and _from_python(tensor):
-                node = self._literal(tensor)
-                self.add_fresh(tensor, node)
-                return node
-            region = self._external(tensor, key, geometry)
-        view = region.views.get(geometry)
-        if view is None:
-            return self._unseen_view(region, tensor, geometry)
-        if view.version == region.version:
-            return view.node
-        return self._regenerate(region, geometry)
-
-    def _regenerate(self, region: Region, geometry: Geometry) -> fx.Node:
-        view = region.views[geometry]
-        if view.version != region.version:
-            if view.parent is None:
-                raise self.refuse(
-                    "two inputs share memory that the model writes to", "clone one of them before the call"
-                )
-            parent = self._regenerate(region, view.parent)
-            view.node = self.emit(view.op, (parent, *view.args), {}, self._spec_of(geometry, parent))
-            view.version = region.version
-        return view.node
-
-    @staticmethod
-    def _spec_of(geometry: Geometry, like: fx.Node) -> TensorSpec:
-        dtype, shape, stride = geometry[:3]
-        return TensorSpec(tuple(shape), dtype, like.meta["spec"].device, tuple(stride))
-
-    def _unseen_view(self, region: Region, tensor: torch.Tensor, geometry: Geometry) -> fx.Node:
-        base_dtype, base_shape, base_stride, base_offset = region.base[:4]
-        if self.gradients and geometry[:4] in {seen[:4] for seen in region.views}:
-            # The same memory with another requires_grad than any view made by an operation: .data or requires_grad_.
-            source = next(seen for seen in region.views if seen[:4] == geometry[:4])
-            if not geometry[4]:
-                return self._add_view(region, source, geometry, aten.detach.default, ())
-            raise self.refuse("requires_grad was switched on inside the run", "set it before the call")
-        if geometry[0] != base_dtype or (region.origin is None and not tensor.is_contiguous()):
-            raise self.refuse("memory seen through a view that no recorded operation made", "use torch operations")
-        args = (list(geometry[1]), list(geometry[2]), geometry[3])
-        return self._add_view(region, region.base, geometry, aten.as_strided.default, args)
-
-    def _add_view(
-        self, region: Region, parent: Geometry, geometry: Geometry, op: Any, args: tuple[Any, ...]
-    ) -> fx.Node:
-        source = self._regenerate(region, parent)
-        node = self.emit(op, (source, *args), {}, self._spec_of(geometry, source))
-        region.views[geometry] = View(node, region.version, parent, op, args)
-        return node
-
-    def _external(self, tensor: torch.Tensor, key: int, geometry: Geometry) -> Region:
-        known = self._known.get(key)
-        if known is None:
-            raise self.refuse(
-                "a tensor that is neither an argument, nor reachable from the model, nor made by a torch operation",
-                "pass it as an argument, or register it as a buffer",
-            )
-        name, owner = known
-        with self.graph.inserting_before(self.front):
-            node = stamp(self.graph.get_attr(self._attach(owner, name)), spec_of_value(owner), self._site)
-        region = Region.of(owner, geometry_of(owner, self.gradients), node)
-        region.origin, region.tensor = node, owner
-        self.regions[key] = region
-        self.externals[key] = node
-        return region
-
-    def add_input(self, tensor: torch.Tensor, node: fx.Node) -> None:
-        """Register ``tensor`` as the run's input ``node``."""
-        key, geometry = storage_key(tensor), geometry_of(tensor, self.gradients)
-        stamp(node, spec_of_value(tensor))
-        region = self.regions.get(key)
-        if region is None:
-            region = self.regions[key] = Region.of(tensor, geometry, node)
-            region.origin, region.tensor = node, tensor
-        else:
-            region.views.setdefault(geometry, View(node, region.version))
-
-    def add_fresh(self, tensor: torch.Tensor, node: fx.Node) -> None:
-        """Register ``tensor``, new memory, as the value of ``node``."""
-        geometry = geometry_of(tensor, self.gradients)
-        region = self.regions[storage_key(tensor)] = Region.of(tensor, geometry, node)
-        region.birth = len(self.nodes)
-
     # -- recording ------------------------------------------------------------------------------------------------
-
-    def emit(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Spec) -> fx.Node:
-        """Append one operation."""
-        node = self.graph.create_node("call_function", op, args, kwargs)
-        node.meta["spec"] = spec
-        node.meta["site"] = self._site
-        self.nodes.append(node)
-        return node
 
     def _after(
         self,
@@ -319,81 +202,69 @@ class Recorder(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             source = nodes[0]
         else:
-            source = self.emit(func, nodes, keywords, None)
-        self.emit(ops.guard, (source, result), {}, None)
+            source = self.memory.emit(func, nodes, keywords, None)
+        self.memory.emit(ops.guard, (source, result), {}, None)
 
     def _record_tensor(
         self, func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], keywords: dict[str, Any], result: torch.Tensor
     ) -> None:
         key = storage_key(result)
-        region = self.regions.get(key)
+        region = self.memory.regions.get(key)
         if region is not None and args and isinstance(args[0], torch.Tensor) and storage_key(args[0]) == key:
-            geometry = geometry_of(result, self.gradients)
+            parent = self.memory.key(region, args[0])
+            geometry = geometry_of(result)
+            if self.gradients and (func is aten.detach.default or len(parent) > len(geometry)):
+                geometry = (*geometry, True)
             view = region.views.get(geometry)
             if view is not None:
                 if view.version != region.version:
-                    self._regenerate(region, geometry)
+                    self.memory.regenerate(region, geometry)
                 return
-            parent = geometry_of(args[0], self.gradients)
             if keywords:
                 raise self.refuse(f"{func} returned a view, with keyword arguments")
-            node = self.emit(func, nodes, {}, spec_of_value(result))
+            node = self.memory.emit(func, nodes, {}, spec_of_value(result))
             region.views[geometry] = View(node, region.version, parent, func, nodes[1:])
             return
         if region is not None:
             raise self.refuse(f"{func} returned memory of a tensor that is not its first argument")
         if func is aten.lift_fresh.default or func is aten.lift_fresh_copy.default:
-            self.add_fresh(result, self._literal(result))
+            self.memory.add_fresh(result, self.memory.literal(result))
             return
         filled = _FILLED.get(func)
         if filled is not None and result.layout is torch.strided and result.is_contiguous():
             position, value = filled
             if position is not None:
                 value = nodes[position]
-            node = self.emit(
+            node = self.memory.emit(
                 aten.full.default, (list(result.shape), value), {"dtype": result.dtype, "device": result.device},
                 spec_of_value(result),
             )  # fmt: skip
         else:
-            node = self.emit(func, nodes, keywords, spec_of_value(result))
+            node = self.memory.emit(func, nodes, keywords, spec_of_value(result))
             self._guard_shape(func, args, node, result)
-        self.add_fresh(result, node)
+        self.memory.add_fresh(result, node)
 
     def _guard_shape(self, func: Any, args: tuple[Any, ...], node: fx.Node, result: torch.Tensor) -> None:
         dynamic = torch.Tag.dynamic_output_shape in func.tags
         if func is aten.index.Tensor:
             dynamic = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if dynamic:
-            self.emit(ops.guard_shape, (node, tuple(result.shape)), {}, None)
-
-    def _literal(self, tensor: torch.Tensor) -> fx.Node:
-        """A tensor made from Python values: kept as a copy, one for each value, so that equal ones are one node."""
-        copy = tensor.detach().clone()
-        key: tuple[Any, ...]
-        if copy.numel() <= 64 and copy.device.type == "cpu" and copy.dtype is not torch.bfloat16:
-            key = (copy.dtype, tuple(copy.shape), torch._C.TensorBase.numpy(copy).tobytes())
-        else:
-            key = (id(copy),)
-        if key not in self._literals:
-            with self.graph.inserting_before(self.front):
-                name = self._attach(copy, "literal")
-                self._literals[key] = stamp(self.graph.get_attr(name), spec_of_value(copy), self._site)
-        return self._literals[key]
+            self.memory.emit(ops.guard_shape, (node, tuple(result.shape)), {}, None)
 
     def _record_tuple(self, func: Any, nodes: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
-        node = self.emit(func, nodes, keywords, spec_of_value(result))
+        node = self.memory.emit(func, nodes, keywords, spec_of_value(result))
         self._unpack(node, result)
         if torch.Tag.dynamic_output_shape in func.tags:
-            self.emit(ops.guard_shape, (node, tuple(tuple(r.shape) for r in result)), {}, None)
+            self.memory.emit(ops.guard_shape, (node, tuple(tuple(r.shape) for r in result)), {}, None)
 
     def _unpack(self, node: fx.Node, result: Sequence[Any]) -> None:
         for position, item in enumerate(result):
             if isinstance(item, torch.Tensor):
-                if storage_key(item) in self.regions and item.numel():
+                if storage_key(item) in self.memory.regions and item.numel():
                     raise self.refuse(f"{node.target} returns several views of a tensor", "use torch operations")
-                self.add_fresh(item, self.emit(_getitem, (node, position), {}, spec_of_value(item)))
+                self.memory.add_fresh(item, self.memory.emit(_getitem, (node, position), {}, spec_of_value(item)))
             elif isinstance(item, (tuple, list)):
-                self._unpack(self.emit(_getitem, (node, position), {}, spec_of_value(item)), item)
+                self._unpack(self.memory.emit(_getitem, (node, position), {}, spec_of_value(item)), item)
 
     def _record_split(self, func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], result: Any) -> None:
         """Several views at once: each becomes the select or slice that it is."""
@@ -432,40 +303,43 @@ class Recorder(TorchDispatchMode):
             self._record_tuple(func, nodes, keywords, result)
             return
         target = targets[0]
-        if func is aten.copy_.default and self.lookup(target) is nodes[1]:
+        if func is aten.copy_.default and self.memory.lookup(target) is nodes[1]:
             return  # x[0] += 1 ends by copying the view onto itself
         if func is aten.copy_.default:
             value = self._as(nodes[1], target)
         elif func in (aten.fill_.Scalar, aten.zero_.default):
             fill = nodes[1] if len(nodes) > 1 else 0
-            value = self.emit(
+            value = self.memory.emit(
                 aten.full.default, (list(target.shape), fill), {"dtype": target.dtype, "device": target.device},
                 TensorSpec(tuple(target.shape), target.dtype, target.device, spec_of_contiguous(target.shape)),
             )  # fmt: skip
         elif func in _DRAWS and not target.is_contiguous():
             layout = (list(target.shape), list(target.stride()), target.dtype, target.device)
-            value = self.emit(ops.draw, (func, *layout, *nodes[1:]), keywords, tensor_spec(target))
+            value = self.memory.emit(ops.draw, (func, *layout, *nodes[1:]), keywords, tensor_spec(target))
         elif func is aten.fill_.Tensor:
             value = self._as(nodes[1], target)
         else:
             functional = functional_counterpart(func)
             if functional is None:
                 raise self.refuse(f"{func} writes in place and has no functional form", "use an out-of-place operation")
+            # The dispatcher drops arguments that equal their defaults; the functional form may have no default.
+            positional = [a for a in func._schema.arguments if not a.kwarg_only]
+            nodes = (*nodes, *[a.default_value for a in positional[len(nodes) :]])
             rest = {key: item for key, item in keywords.items() if key not in mutation.keywords}
             returns = len(functional._schema.returns)
             if returns != len(targets):
                 raise self.refuse(f"{func} writes to {len(targets)} tensors and returns {returns}")
             if returns > 1:
-                call = self.emit(functional, nodes, rest, tuple(spec_of_value(t) for t in targets))
+                call = self.memory.emit(functional, nodes, rest, tuple(spec_of_value(t) for t in targets))
                 for position, each in enumerate(targets):
-                    self._assign(each, self.emit(_getitem, (call, position), {}, spec_of_value(each)))
+                    self.memory.assign(each, self.memory.emit(_getitem, (call, position), {}, spec_of_value(each)))
                 return
             dtype = _dtype_out_of_place(functional, args, target)
             spec = tensor_spec(target)
-            value = self.emit(functional, nodes, rest, TensorSpec(spec.shape, dtype, spec.device, spec.stride))
+            value = self.memory.emit(functional, nodes, rest, TensorSpec(spec.shape, dtype, spec.device, spec.stride))
             if dtype != target.dtype:
-                value = self.emit(aten._to_copy.default, (value,), {"dtype": target.dtype}, spec)
-        self._assign(target, value)
+                value = self.memory.emit(aten._to_copy.default, (value,), {"dtype": target.dtype}, spec)
+        self.memory.assign(target, value)
 
     def _as(self, node: fx.Node, target: torch.Tensor) -> fx.Node:
         """The value of ``node`` with ``target``'s dtype, device and shape."""
@@ -473,78 +347,29 @@ class Recorder(TorchDispatchMode):
         if spec.dtype != target.dtype or spec.device != target.device:
             cast = {"dtype": target.dtype, "device": target.device}
             spec = TensorSpec(spec.shape, target.dtype, target.device, spec.stride)
-            node = self.emit(aten._to_copy.default, (node,), cast, spec)
+            node = self.memory.emit(aten._to_copy.default, (node,), cast, spec)
         if spec.shape != tuple(target.shape):
             lead = target.dim() - len(spec.shape)
             if lead < 0:  # copy_ drops leading dimensions of size one
-                node = self.emit(aten.reshape.default, (node, list(spec.shape[-lead:])), {}, spec_of_value(target))
+                node = self.memory.emit(aten.reshape.default, (node, list(spec.shape[-lead:])), {}, spec_of_value(target))
             stride = tuple(
                 0 if d < lead or spec.shape[d - lead] != size else spec.stride[d - lead]
                 for d, size in enumerate(target.shape)
             ) if lead >= 0 else tuple(target.stride())  # fmt: skip
             expanded = TensorSpec(tuple(target.shape), target.dtype, target.device, stride)
-            node = self.emit(aten.expand.default, (node, list(target.shape)), {}, expanded)
+            node = self.memory.emit(aten.expand.default, (node, list(target.shape)), {}, expanded)
         return node
-
-    def _assign(self, target: torch.Tensor, value: fx.Node) -> None:
-        """``target`` now holds ``value``: carry that back to its region's base and make the other views stale."""
-        self.lookup(target)  # registers memory from before the run and views not seen yet
-        region = self.regions[storage_key(target)]
-        geometry = geometry_of(target, self.gradients)
-        if self.gradients and geometry not in region.views:
-            raise self.refuse("an in-place write changed requires_grad", "use an out-of-place operation")
-        chain: list[Geometry] = []
-        at: Geometry | None = geometry
-        while at is not None:
-            chain.append(at)
-            at = region.views[at].parent
-        if chain[-1] != region.base:
-            raise self.refuse("two inputs share memory that the model writes to", "clone one of them before the call")
-        new_base = self._put_back(region, chain, value)
-        region.version += 1
-        self.written.append(region.birth)
-        base = region.views[region.base]
-        base.node, base.version = new_base, region.version
-        written = region.views[geometry]
-        written.node, written.version = value, region.version
-
-    def _put_back(self, region: Region, chain: list[Geometry], value: fx.Node) -> fx.Node:
-        """Return the base's new value, given that of its view ``chain[0]`` (``chain`` leads from it to the base)."""
-        if len(chain) == 1:
-            return value
-        outwards = list(reversed(chain))
-        steps = [
-            (region.views[after].op, region.views[after].args, tuple(before[1]))
-            for before, after in zip(outwards, outwards[1:], strict=False)
-        ]
-        base_node = self._regenerate(region, region.base)
-        index = basic_view_index(steps, tuple(region.base[1]))
-        base_spec = base_node.meta["spec"]
-        if index == ():
-            return value
-        if index is not None:
-            return self.emit(ops.write, (base_node, value, index), {}, base_spec)
-        for here, parent in zip(chain, chain[1:], strict=False):
-            view = region.views[here]
-            inverse = inverse_view(view.op, view.args, tuple(parent[1]), parent[0])
-            if inverse is None:
-                raise self.refuse(f"a write through {view.op}", "write to the tensor itself")
-            op, rest, takes_parent = inverse
-            spec = self._spec_of(parent, base_node)
-            lead = (self._regenerate(region, parent), value) if takes_parent else (value,)
-            value = self.emit(op, (*lead, *rest), {}, spec)
-        return value
 
     def _record_batch_norm(self, func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], result: Any) -> None:
         """Batch normalisation in training mode updates its running statistics without its schema saying so."""
         if func is not aten.native_batch_norm.default:
             raise self.refuse(f"{func} updates running statistics below the dispatcher", "use eval mode")
         specs = (*(spec_of_value(item) for item in result), spec_of_value(args[3]), spec_of_value(args[4]))
-        call = self.emit(aten._native_batch_norm_legit_functional.default, nodes, {}, specs)
+        call = self.memory.emit(aten._native_batch_norm_legit_functional.default, nodes, {}, specs)
         for position, item in enumerate(result):
-            self.add_fresh(item, self.emit(_getitem, (call, position), {}, specs[position]))
+            self.memory.add_fresh(item, self.memory.emit(_getitem, (call, position), {}, specs[position]))
         for position in (3, 4):
-            self._assign(args[position], self.emit(_getitem, (call, position), {}, specs[position]))
+            self.memory.assign(args[position], self.memory.emit(_getitem, (call, position), {}, specs[position]))
 
     # -- what leaves the dispatcher --------------------------------------------------------------------------------
 
@@ -552,23 +377,18 @@ class Recorder(TorchDispatchMode):
         """Called when Python reads a tensor's memory past the dispatcher (``numpy()``, ``data_ptr()``)."""
         if self.paused or self.failure is not None:
             return
-        self._site = self.sites.find()
+        self.memory.site = self.sites.find()
         self.failure = self.refuse(f"{what} reads a tensor's memory outside torch", "keep the computation in torch")
 
     def saw(self, tensor: torch.Tensor, value: Any) -> None:
         """Called when Python took the list ``value`` from ``tensor``."""
         if self.paused or self.failure is not None:
             return
-        self._site = self.sites.find()
+        self.memory.site = self.sites.find()
         try:
-            self.emit(ops.guard_list, (self.lookup(tensor), _frozen(value)), {}, None)
+            self.memory.emit(ops.guard_list, (self.memory.lookup(tensor), _frozen(value)), {}, None)
         except CaptureError as error:
             self.failure = error
-
-
-def tensor_spec(tensor: torch.Tensor) -> TensorSpec:
-    """The spec of one tensor."""
-    return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device, tuple(tensor.stride()))
 
 
 def spec_of_contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -583,13 +403,6 @@ def spec_of_contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
-
-
-def _from_python(tensor: torch.Tensor) -> bool:
-    """Whether an unknown tensor is one that indexing makes of Python values (``x[0] = 5``, ``x[[2, 0]]``)."""
-    return tensor.device.type == "cpu" and (
-        tensor.dim() == 0 or (tensor.dim() == 1 and tensor.dtype in (torch.int64, torch.bool))
-    )
 
 
 _DTYPES: dict[tuple[Any, ...], torch.dtype] = {}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fxjacobi.tape import Integers, Tape
 
-__all__ = ["Column", "Dataflow", "Fixed", "Repeat", "Same", "Sliced", "classify", "find_repeats"]
+__all__ = ["Column", "Dataflow", "Fixed", "Repeat", "Same", "Sliced", "classify", "find_repeats", "indices_of"]
 
 _HISTOGRAM = 512
 """How many of the most frequent gaps between equal labels are looked at as periods."""
@@ -271,7 +271,7 @@ def _rotate(tape: Tape, start: int, stop: int, period: int, minimum_trips: int) 
     return Repeat(start + shift, period, trips)
 
 
-def _indices(values: Integers) -> Sequence[int]:
+def indices_of(values: Integers) -> Sequence[int]:
     """``values`` as a range if they are affine, else as a tuple."""
     items: list[int] = values.tolist()
     step = items[1] - items[0] if len(items) > 1 else 1
@@ -287,7 +287,7 @@ def _sliced(tape: Tape, references: Integers, start: int) -> Sliced | None:
     base, dim, index = tape.select_base[references], tape.select_dim[references], tape.select_index[references]
     if base[0] >= start or (base != base[0]).any() or (dim != dim[0]).any() or (index == index[0]).all():
         return None
-    return Sliced(int(base[0]), int(dim[0]), _indices(index))
+    return Sliced(int(base[0]), int(dim[0]), indices_of(index))
 
 
 def classify(tape: Tape, repeat: Repeat) -> Dataflow:

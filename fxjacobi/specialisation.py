@@ -139,8 +139,9 @@ class Specialisation:
             else:
                 target = tensors[effect.position] if effect.position is not None else effect.target
                 assert target is not None
-                with torch.no_grad():
-                    target.copy_(value)
+                # Past the version counter, as batch normalisation itself writes: the backward of this very call may
+                # have saved the memory (it never reads it). Where gradients flow through it, nothing is emitted.
+                target.data.copy_(value.detach())
         results = [
             _view_of_written(source, tensors) if isinstance(source, ViewOfWritten) else values[source]
             for source in capture.sources

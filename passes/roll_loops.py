@@ -11,16 +11,21 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxjacobi.graph import Site, Spec, TensorSpec, site_of, spec_of, stamp
-from fxjacobi.loops import Binding, Carried, Invariant, Literal, Loop, Result, Scanned, Stacked, Step, Table
+from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
+from fxjacobi.layouts import contiguous_strides, dense, is_contiguous
+from fxjacobi.loops import Loop, Result, Stacked, Step
 from fxjacobi.passes.assemble import assemble
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.inline_calls import inline_calls
-from fxjacobi.repeats import Column, Dataflow, Fixed, Repeat, Same, classify, find_repeats
-from fxjacobi.tape import NOT_A_SELECT, Tape, literal_key, rebuild, tabulate
+from fxjacobi.passes.loop_body import LoopBody
+from fxjacobi.repeats import Repeat, classify, find_repeats, indices_of
+from fxjacobi.tape import NOT_A_SELECT, Tape, rebuild, tabulate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from fxjacobi.graph import Site, Spec
+    from fxjacobi.tape import Integers
 
 __all__ = ["RollLoops", "roll_loops"]
 
@@ -140,7 +145,7 @@ class _Roller:
                 if position not in self.flows[loop].sliced:
                     self.steps[loop, position].add(step)
         for (loop, position), steps in self.steps.items():
-            if len(steps) > _FEW and all(_is_contiguous(self.spec_at(loop, position, step)) for step in steps):
+            if len(steps) > _FEW and all(is_contiguous(self.spec_at(loop, position, step)) for step in steps):
                 self.stacked.add((loop, position))
 
     def find_runs(self, owner: int) -> Iterator[int]:
@@ -149,7 +154,7 @@ class _Roller:
         node = tape.nodes[owner]
         begin = int(tape.first[owner])
         items = tape.values[begin : begin + len(node.args[0])]  # type: ignore[arg-type]
-        if not _is_contiguous(spec_of(node)):
+        if not is_contiguous(spec_of(node)):
             return
         pieces: list[_Run | int] = []
         slots: list[int] = []
@@ -166,7 +171,7 @@ class _Roller:
             self.joins[owner] = pieces
         yield from slots
 
-    def run_at(self, items: np.ndarray[Any, np.dtype[np.int64]], at: int) -> _Run | None:
+    def run_at(self, items: Integers, at: int) -> _Run | None:
         """The complete run of loop values that starts at ``items[at]``."""
         if items[at] < 0 or self.which[items[at]] < 0:
             return None
@@ -189,9 +194,23 @@ class _Roller:
         repeat = self.repeats[loop]
         return spec_of(self.tape.nodes[repeat.start + position + step * repeat.period])
 
+    def stacked_table(self, references: tuple[int, ...]) -> tuple[tuple[int, int], Sequence[int]] | None:
+        """The loop and position whose stacked values ``references`` are taken from, and the steps, if so."""
+        array = np.asarray(references, dtype=np.int64)
+        if array.min() < 0 or self.which[array[0]] < 0 or (self.which[array] != self.which[array[0]]).any():
+            return None
+        loop, position, _ = self.locate(references[0])
+        steps, positions = np.divmod(array - self.repeats[loop].start, self.repeats[loop].period)
+        if (loop, position) not in self.stacked or position in self.flows[loop].sliced or (positions != position).any():
+            return None
+        used = self.steps[loop, position]
+        if not all(is_contiguous(self.spec_at(loop, position, step)) for step in used):
+            return None
+        return (loop, position), indices_of(steps)
+
     # The new graph
 
-    def run(self, roll_body: Any) -> fx.GraphModule:
+    def run(self, roll_body: Callable[[fx.GraphModule], fx.GraphModule]) -> fx.GraphModule:
         """Emit leaves, straight code and loops in order."""
         tape = self.tape
         for op in ("placeholder", "get_attr"):
@@ -282,8 +301,8 @@ class _Roller:
                 parts.append(self.emit_run(piece, dim, site, stack=stack))
             elif stack:
                 value = self.value(piece)
-                shape, strides = spec.shape[:dim] + (1,) + spec.shape[dim + 1 :], _strides(spec.shape)
-                parts.append(self.emit(_aten.unsqueeze.default, (value, dim), _dense(spec, shape, strides), site))
+                shape, strides = spec.shape[:dim] + (1,) + spec.shape[dim + 1 :], contiguous_strides(spec.shape)
+                parts.append(self.emit(_aten.unsqueeze.default, (value, dim), dense(spec, shape, strides), site))
             else:
                 parts.append(self.value(piece))
         return parts[0] if len(parts) == 1 else self.emit(_aten.cat.default, (parts, dim), spec, site)
@@ -298,21 +317,21 @@ class _Roller:
         shape = spec.shape
         if dim:
             order = [*range(1, dim + 1), 0, *range(dim + 1, len(shape))]
-            moved = _dense(spec, tuple(shape[i] for i in order), tuple(spec.stride[i] for i in order))
+            moved = dense(spec, tuple(shape[i] for i in order), tuple(spec.stride[i] for i in order))
             made = self.emit(_aten.permute.default, (made, order), moved, site)
             shape = moved.shape
             made = self.emit(
-                _aten.clone.default, (made,), _dense(spec, shape), site, memory_format=torch.contiguous_format
+                _aten.clone.default, (made,), dense(spec, shape), site, memory_format=torch.contiguous_format
             )
         if not stack:
             shape = (*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :])
-            made = self.emit(_aten.view.default, (made, list(shape)), _dense(spec, shape), site)
+            made = self.emit(_aten.view.default, (made, list(shape)), dense(spec, shape), site)
         return made
 
-    def emit_loop(self, number: int, roll_body: Any) -> None:
+    def emit_loop(self, number: int, roll_body: Callable[[fx.GraphModule], fx.GraphModule]) -> None:
         """Append the loop's call; its results are unpacked when they are used."""
         repeat = self.repeats[number]
-        body = _Body(self, number)
+        body = LoopBody(self.module, self.tape, repeat, self.flows[number], self.stacked_table)
         results: list[Result] = []
         specs: list[Spec] = []
         found: dict[tuple[int, int | None], int] = {}
@@ -326,7 +345,7 @@ class _Roller:
             else:
                 assert isinstance(spec, TensorSpec)
                 results.append(Stacked(output))
-                spec = _dense(spec, (repeat.trips, *spec.shape))
+                spec = dense(spec, (repeat.trips, *spec.shape))
             specs.append(spec)
 
         for position in sorted({at for loop, at in {*self.steps, *self.stacked} if loop == number}):
@@ -334,7 +353,7 @@ class _Roller:
             stacked = (number, position) in self.stacked
             if stacked:
                 result(position, None)
-            contiguous = all(_is_contiguous(self.spec_at(number, position, step)) for step in steps)
+            contiguous = all(is_contiguous(self.spec_at(number, position, step)) for step in steps)
             if not (stacked and contiguous and len(steps) > _FEW):
                 for step in sorted(steps):
                     result(position, step)
@@ -353,97 +372,3 @@ class _Roller:
             site_of(self.tape.nodes[repeat.start]),
         )
         self.rolled.append(_Rolled(node, found))
-
-
-class _Body:
-    """Builds the body graph of one repeat from its last iteration, with the bindings and operands it needs."""
-
-    def __init__(self, roller: _Roller, number: int) -> None:
-        self.roller = roller
-        self.tape = tape = roller.tape
-        self.repeat = repeat = roller.repeats[number]
-        self.flow: Dataflow = roller.flows[number]
-        self.graph = fx.Graph()
-        self.bindings: list[Binding] = []
-        self.operands: dict[int | tuple[int, int], int] = {}
-        self.outputs: dict[int, int] = {}
-        self.placeholders: dict[Any, fx.Node] = {}
-        self.nodes: dict[int, fx.Node] = {}
-        self.last = repeat.stop - repeat.period
-        offset = int(tape.first[repeat.start])
-        self.span = [
-            (int(tape.first[repeat.start + i]) - offset, int(tape.first[repeat.start + i + 1]) - offset)
-            for i in range(repeat.period)
-        ]
-        bound: dict[int, fx.Node] = {}
-        for position in range(repeat.period):
-            if position not in self.flow.sliced:
-                for slot in range(*self.span[position]):
-                    column = self.flow.columns[slot]
-                    if not isinstance(column, (Same, Fixed)):
-                        bound[slot] = self.bind(column, slot)
-        for position in range(repeat.period):
-            if position not in self.flow.sliced:
-                self.nodes[position] = self.copy(position, bound)
-
-    def copy(self, position: int, bound: dict[int, fx.Node]) -> fx.Node:
-        """Copy the node at ``position`` of the last iteration into the body."""
-        node = self.tape.nodes[self.last + position]
-        slots = iter(range(*self.span[position]))
-
-        def leaf(_: Any) -> Any:
-            slot = next(slots)
-            column = self.flow.columns[slot]
-            if isinstance(column, Same):
-                return self.nodes[column.position]
-            return column.value if isinstance(column, Fixed) else bound[slot]
-
-        args = tuple(rebuild(item, leaf) for item in node.args)
-        kwargs = rebuild(dict(node.kwargs), leaf)
-        copy = self.graph.create_node(node.op, node.target, args, kwargs)
-        copy.meta = dict(node.meta)
-        return copy
-
-    def operand(self, key: int | tuple[int, int]) -> int:
-        """The operand number of a value, or of the stacked values ``(loop, position)``."""
-        return self.operands.setdefault(key, len(self.operands))
-
-    def bind(self, column: Column, slot: int) -> fx.Node:
-        """The placeholder of what the slot holds; equal bindings share one."""
-        node = self.tape.nodes[self.last + int(np.searchsorted(self.starts, slot, side="right")) - 1]
-        site = site_of(node)
-        spec: Spec
-        match column:
-            case Carried(position, _, init):
-                key: Any = column
-                source = self.tape.nodes[self.last + position]
-                if key not in self.placeholders:
-                    self.add(key, f"{source.name}_before", spec_of(source), site)
-                    self.bindings.append(Carried(-1, column.distance, tuple(self.operand(item) for item in init)))
-                    self.carried.append((len(self.bindings) - 1, position))
-            case Scanned(base, dim, indices):
-                key = (Scanned, base, dim, tuple(indices))
-                if key not in self.placeholders:
-                    source = self.tape.node(base)
-                    self.add(key, f"{source.name}_step", _selected(spec_of(source), dim), site)
-                    self.bindings.append(Scanned(self.operand(base), dim, indices))
-            case Table(references):
-                key = column
-                if key not in self.placeholders:
-                    source = self.tape.node(references[-1])
-                    self.add(key, f"{source.name}_each", spec_of(source), site)
-                    self.bindings.append(self.table(references))
-            case Invariant(reference):
-                key = column
-                if key not in self.placeholders:
-                    source = self.tape.node(reference)
-                    self.add(key, source.name, spec_of(source), site)
-                    self.bindings.append(Invariant(self.operand(reference)))
-            case Literal(values):
-                key = (Literal, *map(literal_key, values))
-                if key not in self.placeholders:
-                    self.add(key, "index" if isinstance(values[0], int) else "literal", None, site)
-                    self.bindings.append(column)
-            case _:
-                raise AssertionError(column)
-        return self.placeholders[key]

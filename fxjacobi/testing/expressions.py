@@ -99,7 +99,7 @@ def draw_linear(draw: DrawFn, writer: Writer, operand: str) -> str:
     writer.features.add("linear")
     if writer.modular and draw(st.booleans()):
         bias = draw(st.booleans())
-        return f"{writer.module(f'nn.Linear({hidden}, {hidden}, bias={bias})')}({operand})"
+        return f"{writer.module(f'nn.Linear({hidden}, {hidden}, bias={bias}, dtype=DTYPE)')}({operand})"
     weight = writer.argument("w", (hidden, hidden), scale=0.4)
     return f"({operand}) @ {weight}"
 

@@ -132,6 +132,10 @@ class Program:
         with torch.set_grad_enabled(self.grad):
             return self.build()(*(arguments or self.make_args()))
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        # Hypothesis prints a falsifying example through this; it would print the dataclass's fields otherwise.
+        printer.text(repr(self))
+
     def __repr__(self) -> str:
         notes = [f"# {argument}" for argument in self.arguments]
         notes.append(f"# grad {'enabled' if self.grad else 'disabled'}, parameters from seed {self.seed}")

@@ -96,9 +96,9 @@ class Writer:
         return name
 
     def module(self, constructor: str) -> str:
-        """Add a submodule, ``constructor`` without its dtype, and return the expression that names it."""
+        """Add a submodule and return the expression that names it; ``DTYPE`` stands for the program's dtype."""
         name = self.name("part")
-        self.setup.append(f"self.{name} = {constructor}.to({self.sizes.dtype})")
+        self.setup.append(f"self.{name} = {constructor.replace('DTYPE', str(self.sizes.dtype))}")
         return f"self.{name}"
 
     def buffer(self, value: str) -> str:
@@ -121,6 +121,4 @@ class Writer:
             return f"{HEADER}def program({names}):\n{body}"
         setup = "".join(f"        {line}\n" for line in ["super().__init__()", *self.setup])
         body = "".join(f"        {line}\n" for line in self.lines)
-        return (
-            f"{HEADER}class Program(nn.Module):\n    def __init__(self):\n{setup}\n    def forward(self, {names}):\n{body}"
-        )
+        return f"{HEADER}class Program(nn.Module):\n    def __init__(self):\n{setup}\n    def forward(self, {names}):\n{body}"
