@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 
 import fxjacobi
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,8 +43,11 @@ def compare(title: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwa
         torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
     print(title)
     print(compiled.plan)
+    if not compiled.report.solved:
+        print(f"  ran the ordinary way: {compiled.report.reason}")
     for block in compiled.report.blocks:
-        print(f"  {block.name}: {block.method}, {block.equations} equations, {block.sweeps} sweeps. {block.certificate}")
+        outcome = "" if block.certificate is None else block.certificate.value
+        print(f"  {block.name}: {block.method}, {block.equations} equations, {block.sweeps} sweeps. {outcome}")
     print(f"equal: yes; ordinary {ordinary:.3f} s, first call {first:.3f} s, compiled {fast:.3f} s")
     print(f"{ordinary / fast:.2f} times the ordinary speed")
     return expected

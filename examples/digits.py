@@ -1,12 +1,13 @@
 """The examples' data: handwritten digits and photograph patches, from files inside scikit-learn.
 
-Nothing is downloaded. Every function gives the same tensors in every process, for equal arguments.
+Nothing is downloaded. Every function gives the same tensors in every process, for equal arguments (and, where it says so,
+an equal random state).
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - the name that everybody gives it
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
@@ -29,22 +30,20 @@ def labels() -> Tensor:
     return torch.from_numpy(load_digits().target).long()
 
 
-def dequantised(images: Tensor, levels: int = 17, seed: int = 0) -> Tensor:
+def dequantised(images: Tensor, levels: int = 17) -> Tensor:
     """Spread each grey level over its interval: (x (levels - 1) + u) / levels with u uniform in [0, 1).
 
     A density model needs this: without noise a pixel that never varies has an unbounded density. 17 is the number of grey
-    levels of the digits' own scans.
+    levels of the digits' own scans. The noise comes from torch's default generator.
 
     Args:
         images: any shape, values in [0, 1].
         levels: the number of intervals that [0, 1] is cut into.
-        seed: of the noise.
 
     Returns:
         The shape of `images`, values in [0, 1).
     """
-    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed))
-    return (images * (levels - 1) + noise) / levels
+    return (images * (levels - 1) + torch.rand_like(images)) / levels
 
 
 def signed(images: Tensor, levels: int = 256) -> Tensor:

@@ -7,14 +7,18 @@ position behind a learned start vector, and attention is causal.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - the name that everybody gives it
 from digits import digits, tokens
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from training import fit
 from weights import pretrained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class CausalAttention(nn.Module):
@@ -35,13 +39,15 @@ class CausalAttention(nn.Module):
         """Attend over the whole sequence."""
         query, key, value = self.project(x)
         y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(2))
+        joined: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return joined
 
     def step(self, x: Tensor, keys: Tensor, values: Tensor, t: int) -> Tensor:
         """Attend from position t alone, x (B, 1, width); writes position t of the caches (B, heads, T, width / heads)."""
         query, keys[:, :, t : t + 1], values[:, :, t : t + 1] = self.project(x)
         y = F.scaled_dot_product_attention(query, keys[:, :, : t + 1], values[:, :, : t + 1])
-        return self.out(y.transpose(1, 2).flatten(2))
+        joined: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return joined
 
 
 class Layer(nn.Module):
@@ -57,12 +63,14 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, width) -> (B, T, width)."""
         x = x + self.attention(self.before_attention(x))
-        return x + self.perceptron(self.before_perceptron(x))
+        y: Tensor = x + self.perceptron(self.before_perceptron(x))
+        return y
 
     def step(self, x: Tensor, keys: Tensor, values: Tensor, t: int) -> Tensor:
         """Position t alone: (B, 1, width) -> (B, 1, width)."""
         x = x + self.attention.step(self.before_attention(x), keys, values, t)
-        return x + self.perceptron(self.before_perceptron(x))
+        y: Tensor = x + self.perceptron(self.before_perceptron(x))
+        return y
 
 
 class PixelTransformer(nn.Module):
@@ -119,7 +127,7 @@ def sample_categorical(model: PixelTransformer, n: int) -> Tensor:
     """As `sample`, each token drawn by `torch.distributions.Categorical`."""
     x = torch.zeros(n, model.length, dtype=torch.long)
     for t in range(model.length):
-        x[:, t] = torch.distributions.Categorical(logits=model(x)[:, t]).sample()
+        x[:, t] = Categorical(logits=model(x)[:, t]).sample()  # type: ignore[no-untyped-call]
     return x
 
 
@@ -181,7 +189,9 @@ def main() -> None:
     parser.add_argument("--draw", choices=samplers, default="multinomial")
     arguments = parser.parse_args()
     model = digits_model()
-    compare(f"transformer, T = {model.length}, batch {arguments.batch}", samplers[arguments.draw], model, arguments.batch)
+    compare(
+        f"transformer, T = {model.length}, batch {arguments.batch}", samplers[arguments.draw], model, arguments.batch
+    )
     for name, sampler in (("growing prefix", sample_prefix), ("hand-written cache of keys and values", sample_cached)):
         seconds, _ = timed(sampler, model, arguments.batch)
         print(f"{name}: {seconds:.3f} s")

@@ -11,7 +11,7 @@ import argparse
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - the name that everybody gives it
 from digits import digits, signed
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -41,7 +41,7 @@ SMALL = Settings(channels=1, filters=16, resnets=1, dropout=0.0, weight_norm=Fal
 
 
 def concat_elu(x: Tensor) -> Tensor:
-    """elu of x and of -x, stacked along the channels: (B, C, H, W) -> (B, 2 C, H, W)."""
+    """The elu of x and of -x, stacked along the channels: (B, C, H, W) -> (B, 2 C, H, W)."""
     return F.elu(torch.cat([x, -x], dim=1))
 
 
@@ -90,12 +90,14 @@ class ShiftedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve the padded input."""
-        return self.conv(F.pad(x, (self.left, self.right, self.top, 0)))
+        y: Tensor = self.conv(F.pad(x, (self.left, self.right, self.top, 0)))
+        return y
 
 
 class ShiftedDeconv(nn.Module):
-    """A transposed convolution that doubles both sizes: input (i, j) reaches the outputs' rows 2 i and 2 i + 1, and the
-    columns 2 j and 2 j + 1, and if it is `centred` (kernel 2x3) column 2 j - 1 too.
+    """A transposed convolution that doubles both sizes, (B, C, H, W) -> (B, C', 2 H, 2 W).
+
+    Input (i, j) reaches the rows 2 i and 2 i + 1 of the columns 2 j and 2 j + 1, and of 2 j - 1 if `centred` (kernel 2x3).
     """
 
     def __init__(self, inputs: int, outputs: int, *, centred: bool, norm: bool) -> None:
@@ -129,7 +131,8 @@ class GatedResnet(nn.Module):
             assert skip is not None
             y = y + self.skip(concat_elu(skip))
         a, b = self.second(self.dropout(concat_elu(y))).chunk(2, dim=1)
-        return x + a * torch.sigmoid(b)
+        gated: Tensor = a * torch.sigmoid(b)
+        return x + gated
 
 
 class Level(nn.Module):
@@ -143,8 +146,9 @@ class Level(nn.Module):
 
 
 class PixelCNNpp(nn.Module):
-    """Images (B, C, H, W) in [-1, 1], H and W multiples of 4 -> mixture parameters (B, P, H, W); the ones at (i, j) depend
-    on pixels before (i, j) in raster order only. P = mixtures (1 + 2 C + C (C - 1) / 2).
+    """Images (B, C, H, W) in [-1, 1], H and W multiples of 4 -> mixture parameters (B, P, H, W).
+
+    The parameters at (i, j) depend on pixels before (i, j) in raster order only. P = mixtures (1 + 2 C + C (C - 1) / 2).
     """
 
     def __init__(self, settings: Settings = PAPER_CIFAR) -> None:
@@ -174,6 +178,7 @@ class PixelCNNpp(nn.Module):
         ul = shifted_down(self.above_start(x)) + shifted_right(self.left_start(x))
         us, uls = [u], [ul]
         for k, level in enumerate(self.up):
+            assert isinstance(level, Level)
             if k > 0:
                 u, ul = self.u_shrink[k - 1](u), self.ul_shrink[k - 1](ul)
                 us.append(u)
@@ -185,23 +190,26 @@ class PixelCNNpp(nn.Module):
                 uls.append(ul)
         u, ul = us.pop(), uls.pop()
         for k, level in enumerate(self.down):
+            assert isinstance(level, Level)
             if k > 0:
                 u, ul = self.u_grow[k - 1](u), self.ul_grow[k - 1](ul)
             for u_layer, ul_layer in zip(level.u, level.ul, strict=True):
                 u = u_layer(u, us.pop())
                 ul = ul_layer(ul, torch.cat([u, uls.pop()], dim=1))
-        return self.head(F.elu(ul))
+        parameters: Tensor = self.head(F.elu(ul))
+        return parameters
 
 
 def split(parameters: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mixture parameters (B, P, ...) -> logits (B, K, ...), means and log scales (B, C, K, ...), and the coefficients
-    (B, C (C - 1) / 2, K, ...) by which a later channel's mean follows the earlier channels.
+    """Mixture parameters (B, P, ...) -> logits (B, K, ...), means and log scales (B, C, K, ...), and coefficients.
+
+    By the coefficients, (B, C (C - 1) / 2, K, ...), a later channel's mean follows the earlier channels.
     """
     pairs = channels * (channels - 1) // 2
     mixtures = parameters.shape[1] // (1 + 2 * channels + pairs)
-    parts = parameters.unflatten(1, (1 + 2 * channels + pairs, mixtures))
-    logits, means, scales, coefficients = parts.split([1, channels, channels, pairs], dim=1)
-    return logits.squeeze(1), means, scales.clamp(min=-7.0), coefficients.tanh()
+    parts = parameters.view(parameters.shape[0], 1 + 2 * channels + pairs, mixtures, *parameters.shape[2:])
+    means, scales = parts[:, 1 : 1 + channels], parts[:, 1 + channels : 1 + 2 * channels]
+    return parts[:, 0], means, scales.clamp(min=-7.0), parts[:, 1 + 2 * channels :].tanh()
 
 
 def negative_log_likelihood(model: PixelCNNpp, x: Tensor) -> Tensor:

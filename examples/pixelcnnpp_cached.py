@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - the name that everybody gives it
 from pixelcnnpp import GatedResnet, Level, PixelCNNpp, ShiftedConv, ShiftedDeconv, concat_elu, draw
 from torch import Tensor, nn
 
@@ -80,7 +80,8 @@ class Stream:
             self.keep(self.up[index], x, strip)
             for layer in layers:
                 index += 1
-                x = self.resnet(layer, x, None if self.vertical is None else read(self.vertical.up[index], strip), strip)
+                skip = None if self.vertical is None else read(self.vertical.up[index], strip)
+                x = self.resnet(layer, x, skip, strip)
                 self.keep(self.up[index], x, strip)
             index += 1
         taken, made = len(self.up) - 1, 0
@@ -133,8 +134,9 @@ class Stream:
     def grown(layer: nn.Module, source: Tensor, at: Strip) -> Tensor:
         """The strip of a transposed convolution over `source`, the level below."""
         assert isinstance(layer, ShiftedDeconv)
-        first = 0 if layer.centred else at.first // 2  # a centred one also hears from the neighbouring columns
-        y: Tensor = layer(source[:, :, at.row // 2 : at.row // 2 + 1, first : None if layer.centred else (at.last + 1) // 2])
+        # A centred one also hears from the neighbouring columns.
+        first, last = (0, source.shape[3]) if layer.centred else (at.first // 2, (at.last + 1) // 2)
+        y: Tensor = layer(source[:, :, at.row // 2 : at.row // 2 + 1, first:last])
         return y[:, :, at.row % 2, at.first - 2 * first : at.last - 2 * first]
 
 

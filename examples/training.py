@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def fit(
@@ -42,7 +45,7 @@ def fit(
             rows = torch.randint(data.shape[0], (batch,)).to(data.device)
             value = loss(data[rows])
             optimizer.zero_grad()
-            value.backward()
+            torch.autograd.backward(value)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

@@ -8,13 +8,15 @@ float32 would pass 4 MiB. The rest is trained at its first use, in seconds, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -22,6 +22,7 @@ def compile(  # noqa: A001 - the name that torch's users expect
     atol: float = 0.0,
     method: str = "auto",
     strict: bool = False,
+    measure: bool = True,
     budget_s: float = 2.0,
     memory_limit: int | None = None,
 ) -> SolvedModule:
@@ -40,6 +41,8 @@ def compile(  # noqa: A001 - the name that torch's users expect
         atol: Absolute tolerance, likewise.
         method: ``"auto"``, or the method that every recurrence must use.
         strict: Raise :class:`fxjacobi.CaptureError` where the model cannot be recorded, instead of one warning.
+        measure: Keep the emitted module only where it is measured to be faster than the original. ``False`` keeps it
+            always, to look at it or to test it.
         budget_s: Seconds that measuring may take for one signature.
         memory_limit: Bytes that a batched sweep may allocate.
 
@@ -47,7 +50,7 @@ def compile(  # noqa: A001 - the name that torch's users expect
         TypeError: ``model`` is not callable, or an option has the wrong type.
         ValueError: An option's value is out of range.
     """
-    options = Options(rtol, atol, method, strict, budget_s, memory_limit)
+    options = Options(rtol, atol, method, strict, measure, budget_s, memory_limit)
     if not callable(model):
         raise TypeError(f"model must be callable, not {type(model).__name__}")
     if isinstance(model, SolvedModule):

@@ -10,11 +10,13 @@ import contextlib
 import random
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxjacobi.aliasing import Region, storage_key
 from fxjacobi.errors import CaptureError
@@ -150,6 +152,7 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str
 
 def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
     """Run ``fn(*args, **kwargs)`` once, ordinarily, and record it; the user's own exceptions pass through."""
+    _warm_up()
     watch = Watch()
     watch.add(fn, "")
     skeleton, tensors = split((args, kwargs), opaque=lambda item: watch.add(item, "argument"))
@@ -206,6 +209,19 @@ class _Attacher:
         else:
             setattr(self._root, unique, value)
         return unique
+
+
+@cache
+def _warm_up() -> None:
+    """The first dispatch mode of a process imports a second's worth of torch: that is not the user's run."""
+
+
+    class _Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    with _Nothing():
+        torch.zeros(())
 
 
 def _arrays(skeleton: Skeleton) -> bool:

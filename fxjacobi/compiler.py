@@ -97,17 +97,18 @@ class _Compilation:
         module = capture.graph_module
         for each in pipeline(self.options, gradients=capture.gradients):
             module = stages[each.name] = each.run(module).module
-            if each.name == "roll_loops" and not _loops(module):
+            if each.name == "roll_loops" and not _loops(module) and self.options.measure:
                 return self._straight(module, stages)
         blocks, edges = plan_of_graph(module)
         plan = Plan(blocks, edges, True, "", self._contract())
         result = Specialisation(self.fn, capture, module, plan, stages, guarded=_guarded(module))
-        if not any(method_of(b) != "sequential" for b in _loops(module)):
+        if self.options.measure and not any(method_of(b) != "sequential" for b in _loops(module)):
             result.retire("every block runs in the ordinary order, so nothing is gained")
             return result
         try:
             self._check(result)
-            self._decide(result)
+            if self.options.measure:
+                self._decide(result)
         except GuardFailed as failure:
             result.retire(f"the run's own guards do not hold on its own data ({failure})")
         return result

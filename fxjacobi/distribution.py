@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import networkx as nx
-from torch import fx
 
 from fxjacobi.emit import elements, is_view, same_layout, size_in_bytes
 from fxjacobi.equations import Equations, body_outputs, equations_of, is_effect
 from fxjacobi.graph import Spec, TensorSpec, spec_of
 from fxjacobi.loops import Carried, Literal, Loop, Step
+
+if TYPE_CHECKING:
+    from torch import fx
 
 __all__ = ["FEW", "Block", "Delayed", "Distribution", "distribute"]
 
@@ -89,7 +91,8 @@ class Distribution:
         if self.in_cycle(placeholder) and self._uniform(placeholder):
             return None
         outputs = body_outputs(self.loop.body)
-        node, distance, init, uniform = placeholder, 0, (), True
+        node, distance, uniform = placeholder, 0, True
+        init: tuple[int, ...] = ()
         while True:
             binding = self.equations.bindings.get(node)
             if not isinstance(binding, Carried) or (self.in_cycle(node) and self._uniform(node)):
@@ -275,7 +278,7 @@ def distribute(loop: Loop, operands: tuple[Spec, ...], *, stack_limit: int) -> D
         else:
             continue
         members.setdefault(key, []).append(node)
-    blocks = []
+    blocks: list[Block] = []
     for key in sorted(members, key=lambda k: (k[:3], sorted(k[3] or ()))):
         steps = everything if key[3] is None else tuple(sorted(key[3]))
         distribution.home.update(dict.fromkeys(members[key], len(blocks)))

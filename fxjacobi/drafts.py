@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import fx
 
 from fxjacobi import ops
-from fxjacobi.distribution import Block, Delayed, Distribution
 from fxjacobi.emit import dense_stride, is_dense, rebuilt
 from fxjacobi.equations import body_outputs, is_effect
 from fxjacobi.graph import Spec, TensorSpec, site_of, spec_of, stamp
@@ -21,6 +20,8 @@ from fxjacobi.loops import Binding, Carried, Invariant, Literal, Result, Scanned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from fxjacobi.distribution import Block, Delayed, Distribution
 
 __all__ = ["At", "Draft", "Drafts", "Hoisted", "Operand", "Reference", "Stack"]
 
@@ -70,6 +71,7 @@ class Draft:
     body: fx.GraphModule | None = None
 
     def operand(self, reference: Reference) -> int:
+        """Return the position of ``reference`` among the block's operands."""
         return self.operands.setdefault(reference, len(self.operands))
 
 

@@ -31,6 +31,7 @@ class Options:
         atol: Absolute tolerance of a solve.
         method: ``"auto"`` (measured), or the method that every recurrence must use.
         strict: Raise :class:`fxjacobi.CaptureError` where the default is one warning and the ordinary run.
+        measure: Keep the emitted module only where it is measured to be faster; ``False`` keeps it always.
         budget_s: Seconds that measuring candidates may take for one specialisation.
         memory_limit: Bytes that a batched sweep may allocate, or ``None`` for what the device has.
 
@@ -43,6 +44,7 @@ class Options:
     atol: float = 0.0
     method: str = "auto"
     strict: bool = False
+    measure: bool = True
     budget_s: float = 2.0
     memory_limit: int | None = None
 
@@ -57,8 +59,9 @@ class Options:
             raise TypeError(f"method must be a string, not {type(self.method).__name__}")
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict must be a bool, not {type(self.strict).__name__}")
+        for name in ("strict", "measure"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, not {type(getattr(self, name)).__name__}")
         if self.memory_limit is not None:
             if isinstance(self.memory_limit, bool) or not isinstance(self.memory_limit, int):
                 raise TypeError(f"memory_limit must be an int or None, not {type(self.memory_limit).__name__}")

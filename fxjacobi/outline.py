@@ -8,6 +8,7 @@ still what it was (:class:`fxjacobi.watch.Watch`).
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,7 @@ class Outliner:
         recorder = self._recorder
         if recorder.paused or recorder.failure is not None:
             return original(module, *args, **kwargs)
+        begun = time.perf_counter()
         skeleton, tensors = split((args, kwargs))
         inputs = self._input_nodes(tensors)
         if inputs is None:
@@ -76,7 +78,9 @@ class Outliner:
         if key not in self._entries:
             return self._first(key, original, module, args, kwargs, inputs)
         entry = self._entries[key]
-        if entry is None or not self._valid(entry):
+        usable = entry is not None and self._valid(entry)
+        recorder.overhead_s += time.perf_counter() - begun
+        if entry is None or not usable:
             return original(module, *args, **kwargs)
         return self._again(entry, key, original, module, args, kwargs, inputs)
 
@@ -108,42 +112,53 @@ class Outliner:
         result = original(module, *args, **kwargs)
         if recorder.failure is not None or len(recorder.memory.nodes) - start < _MINIMUM:
             return result
+        begun = time.perf_counter()
+        try:
+            self._entries[key] = self._clean(module, result, inputs, start, writes)
+        finally:
+            recorder.overhead_s += time.perf_counter() - begun
+        return result
+
+    def _clean(
+        self, module: nn.Module, result: Any, inputs: list[fx.Node], start: int, writes: int
+    ) -> _Entry | None:
+        """The entry of a recording from node ``start`` on, if it was clean."""
+        recorder = self._recorder
         opaque: list[Any] = []
         skeleton, tensors = split(result, opaque=opaque.append)
         if opaque or any(birth < start for birth in recorder.memory.written[writes:]):
-            return result
+            return None
         nodes = recorder.memory.nodes[start:]
         inside = set(nodes)
         outputs, storages = [], set()
         for tensor in tensors:
             region = recorder.memory.regions.get(storage_key(tensor))
             if region is None or region.birth < start or storage_key(tensor) in storages:
-                return result
+                return None
             storages.add(storage_key(tensor))
             outputs.append(recorder.memory.lookup(tensor))
         attributes: dict[fx.Node, None] = {}
         given = set(inputs)
         for node in nodes:
             if node.target in GUARDS or is_random(node):
-                return result
+                return None
             for source in node.all_input_nodes:
                 if source in inside:
                     continue
                 if source.op == "get_attr" and source not in given:
                     attributes[source] = None
                 elif source not in given:
-                    return result
+                    return None
         if len(nodes) < 1 + len(outputs) or not set(outputs) <= inside or len(recorder.memory.nodes) != start + len(nodes):
-            return result
+            return None
         watch = Watch()
         watch.add(module, "")
         name = f"recorded_{len(self._entries)}_{type(module).__name__.lower()}"
         specs = tuple(spec_of_value(t) for t in tensors)
-        self._entries[key] = _Entry(
+        return _Entry(
             name, start, len(recorder.memory.nodes), inputs, list(attributes), outputs, skeleton, specs, watch,
             [region for region in recorder.memory.regions.values() if region.origin in attributes],
         )  # fmt: skip
-        return result
 
     def _again(
         self, entry: _Entry, key: Any, original: Any, module: nn.Module, args: Any, kwargs: Any, inputs: list[fx.Node]
@@ -155,6 +170,7 @@ class Outliner:
                 result = original(module, *args, **kwargs)
         finally:
             recorder.paused = False
+        begun = time.perf_counter()
         skeleton, tensors = split(result)
         fresh = all(storage_key(t) not in recorder.memory.regions for t in tensors)
         if skeleton != entry.skeleton or tuple(spec_of_value(t) for t in tensors) != entry.specs or not fresh:
@@ -170,6 +186,7 @@ class Outliner:
         for position, tensor in enumerate(tensors):
             item = recorder.memory.emit(getitem, (call, position), {}, entry.specs[position])
             recorder.memory.add_fresh(tensor, item)
+        recorder.overhead_s += time.perf_counter() - begun
         return result
 
     def _record(self, call: fx.Node, entry: _Entry) -> None:

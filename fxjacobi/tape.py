@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxjacobi.graph import TensorSpec, is_random
-from fxjacobi.ops import guard, guard_steps
+from fxjacobi.ops import GUARDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,7 @@ _FREE = frozenset(
         _aten.split.Tensor, _aten.split_with_sizes.default, _aten.lift_fresh.default, _aten.empty.memory_format,
         _aten.zeros.default, _aten.ones.default, _aten.full.default, _aten.zeros_like.default, _aten.full_like.default,
         _aten.ones_like.default, _aten.empty_like.default, _aten.scalar_tensor.default, _aten.arange.start_step,
-        operator.getitem, guard, guard_steps,
+        operator.getitem, *GUARDS,
     }
 )  # fmt: skip
 """Operations that move no data or take none: a body of these alone is not worth a loop."""

@@ -6,7 +6,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
-from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from fxjacobi.graph import make_module
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,6 @@ def assemble(graph: fx.Graph, source: nn.Module, new: Mapping[str, nn.Module] | 
         if node.op in ("get_attr", "call_module") and node.target not in attributes:
             target = str(node.target)
             attributes[target] = new[target] if new is not None and target in new else attrgetter(target)(source)
-    result = _LazyGraphModule(attributes, graph)
+    result = make_module(attributes, graph)
     result.meta.update(getattr(source, "meta", {}))
     return result

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -76,16 +76,16 @@ class _Rewriter:
         self.added[name] = module
         return name
 
-    def copy(self, node: fx.Node, env: Mapping[fx.Node, object], owner: fx.GraphModule) -> fx.Node:
+    def copy(self, node: fx.Node, env: Mapping[fx.Node, Any], owner: fx.GraphModule) -> fx.Node:
         """Append a copy of ``node`` of a loop's body; literals among its arguments become their values."""
-        args = fx.map_arg(node.args, lambda n: env[n])
-        kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+        args: Any = fx.map_arg(node.args, lambda n: env[n])
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: env[n])
         target = node.target
         if node.op == "call_module":
             module = owner.get_submodule(str(target))
             known = [name for name, added in self.added.items() if added is module]
             target = known[0] if known else self.add(str(target).replace(".", "_"), module)
-        new = self.graph.create_node(node.op, target, args, kwargs)  # type: ignore[arg-type]
+        new = self.graph.create_node(node.op, target, args, kwargs)
         return stamp(new, spec_of(node), site_of(node))
 
 
@@ -181,7 +181,7 @@ class _Emitter:
     def _straight(self, draft: Draft, operands: Sequence[fx.Node]) -> list[fx.Node]:
         """Append the one step of a map as straight code."""
         assert draft.body is not None
-        graph, env = self.into.graph, dict[fx.Node, object]()
+        graph, env = self.into.graph, dict[fx.Node, Any]()
         placeholders = (node for node in draft.body.graph.nodes if node.op == "placeholder")
         for node, binding in zip(placeholders, draft.bindings, strict=True):
             match binding:
@@ -198,13 +198,13 @@ class _Emitter:
         for node in draft.body.graph.nodes:
             if node.op not in ("placeholder", "output"):
                 env[node] = self.into.copy(node, env, draft.body)
-        values = []
+        made: list[fx.Node] = []
         for result in draft.results:
             value = env[body_outputs(draft.body)[result.output]]
             assert isinstance(value, fx.Node)
             stacked = isinstance(result, Stacked)
-            values.append(call(graph, aten.stack.default, [value]) if stacked else value)
-        return values
+            made.append(call(graph, aten.stack.default, [value]) if stacked else value)
+        return made
 
 
 def _live_results(node: fx.Node) -> dict[int, list[fx.Node]]:
@@ -242,8 +242,8 @@ def split_components(module: fx.GraphModule, stack_limit: int) -> tuple[fx.Graph
             continue
         live = _live_results(node)
         wanted = Loop(loop.body, loop.trip_count, loop.bindings, [loop.results[i] for i in live])
-        distribution = distribute(wanted, tuple(spec_of(n) for n in node.args), stack_limit=stack_limit)  # type: ignore[arg-type]
-        values = _Emitter(into, Drafts(distribution), [env[n] for n in node.args]).emit()  # type: ignore[index]
+        distribution = distribute(wanted, tuple(spec_of(n) for n in node.args), stack_limit=stack_limit)
+        values = _Emitter(into, Drafts(distribution), [env[n] for n in node.args]).emit()
         for users, value in zip(live.values(), values, strict=True):
             env.update(dict.fromkeys(users, value))
         hoists = any(n.op != "placeholder" for n in distribution.equations.invariant & distribution.live)

@@ -27,11 +27,11 @@ __all__ = ["is_pointwise", "maximum_rank", "pointwise", "select_by"]
 _POINTWISE = frozenset(
     overloads(
         "_to_copy", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "lift", "contiguous", "to", "type_as",
-        "dropout", "native_dropout", "fill", "clamp", "clip", "hardtanh", "relu6", "silu", "gelu", "mish", "softplus",
+        "clamp", "clip", "hardtanh", "relu6", "silu", "gelu", "mish", "softplus",
         "logit", "special_logit", "nan_to_num", "float_power", "square", "erf", "erfinv", "special_erf", "isfinite",
         "isnan", "isinf", "positive", "conj", "resolve_conj", "resolve_neg", "real", "_conj", "isclose", "fmod",
         "remainder", "lerp", "addcmul", "addcdiv", "polar", "complex", "copysign", "where.ScalarOther", "where.ScalarSelf",
-        "where.Scalar", "special_xlog1py", "xlogy", "log_sigmoid_forward", "log_sigmoid", "prelu", "_prelu_kernel",
+        "where.Scalar", "special_xlog1py", "xlogy", "log_sigmoid_forward", "log_sigmoid", "_prelu_kernel",
         "rsub", "heaviside", "special_ndtr", "special_ndtri", "special_log_ndtr",
     )
 )  # fmt: skip
@@ -67,9 +67,8 @@ def pointwise(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: di
     if not isinstance(spec, TensorSpec):
         if not isinstance(spec, tuple):
             return None
-        return tuple(
-            Abstract(maximum_rank(tensors, one.shape)) if isinstance(one, TensorSpec) else None for one in spec
-        )
+        highest = max((tensor.highest for tensor in tensors), default=NOTHING)
+        return tuple(unknown(one.shape, highest) if isinstance(one, TensorSpec) else None for one in spec)
     rank = maximum_rank(tensors, spec.shape)
     if not tensors or any(tensor.known is None for tensor in tensors):
         return Abstract(rank)

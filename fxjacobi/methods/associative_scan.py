@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["affine_scan", "associative_scan", "matrix_affine_scan"]
+__all__ = ["affine_scan", "associative_scan", "matrix_affine_scan", "strided_scan"]
 
 Elements: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -48,12 +48,17 @@ def associative_scan(
     return result
 
 
-def _by_distance(value: torch.Tensor, distance: int, padding: float) -> torch.Tensor:
-    """View steps ``t = q d + r`` as ``(ceil(T / d), d, ...)``, padded at the end."""
-    short = -value.shape[0] % distance
-    if short:
-        value = torch.cat([value, value.new_full((short, *value.shape[1:]), padding)])
-    return value.unflatten(0, (-1, distance))
+def strided_scan(
+    combine: Callable[[Elements, Elements], Elements], elements: Elements, distance: int
+) -> Elements:
+    """:func:`associative_scan` of each of the ``d`` interleaved sequences ``t = r, r + d, r + 2d, ...``."""
+    if distance == 1:
+        return associative_scan(combine, elements)
+    length = elements[0].shape[0]
+    short = -length % distance
+    padded = (torch.cat([e, e[-1:].expand(short, *e.shape[1:])]) if short else e for e in elements)
+    scanned = associative_scan(combine, tuple(e.unflatten(0, (-1, distance)) for e in padded))
+    return tuple(e.flatten(0, 1)[:length] for e in scanned)
 
 
 def affine_scan(factors: torch.Tensor, terms: torch.Tensor, distance: int = 1) -> torch.Tensor:
@@ -62,11 +67,7 @@ def affine_scan(factors: torch.Tensor, terms: torch.Tensor, distance: int = 1) -
     def combine(first: Elements, second: Elements) -> Elements:
         return second[0] * first[0], torch.addcmul(second[1], second[0], first[1])
 
-    if distance > 1:
-        length = terms.shape[0]
-        a, b = _by_distance(factors, distance, 0.0), _by_distance(terms, distance, 0.0)
-        return affine_scan(a, b).flatten(0, 1)[:length]
-    return associative_scan(combine, (factors, terms))[1]
+    return strided_scan(combine, (factors, terms), distance)[1]
 
 
 def matrix_affine_scan(factors: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:

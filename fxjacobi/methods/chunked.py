@@ -22,6 +22,7 @@ from fxjacobi.methods.settle import (
 )
 
 if TYPE_CHECKING:
+    from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
 __all__ = ["Chunked", "Chunks", "prepared", "run_chunks"]
@@ -63,6 +64,9 @@ class Chunked(Method):
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise ValueError(f"a chunk holds at least 1 step, not {self.chunk}")
+
+    def applies(self, loop: Loop) -> bool:
+        return True
 
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         states = replace_non_finite(guess, system.base(), 0)

@@ -9,6 +9,7 @@ from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.sweep import started, sweep
 
 if TYPE_CHECKING:
+    from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
 __all__ = ["Jacobi"]
@@ -23,6 +24,9 @@ class Jacobi(Method):
     """
 
     keeps_bits: ClassVar[bool] = True
+
+    def applies(self, loop: Loop) -> bool:
+        return True
 
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         return started(system, guess)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from fxjacobi.system import States, System
 
-__all__ = ["batch_size", "diagonals", "full", "linear_part"]
+__all__ = ["batch_size", "diagonals", "differentiable", "full", "linear_part", "nearest_carry", "windows"]
 
 Windows = tuple[torch.Tensor, ...]
 """What each carry reads at every step, (T, *shape)."""
@@ -22,22 +22,27 @@ def windows(system: System, states: States) -> Windows:
     return tuple(carry.window(states, 0, system.steps) for carry in system.carries)
 
 
-def _function(system: System, start: int, stop: int) -> Callable[..., States]:
+def differentiable(system: System) -> tuple[int, ...]:
+    """Return the carries that read floating-point components; the others' Jacobian counts as zero."""
+    return tuple(i for i, carry in enumerate(system.carries) if carry.before.is_floating_point())
+
+
+def _equations(system: System, start: int, stop: int, read: Windows) -> Callable[..., States]:
+    """Return ``h`` at steps ``start .. stop-1`` as a function of what its differentiable carries read."""
     fixed = system.fixed(slice(start, stop))
+    for carry, value in zip(system.carries, read, strict=True):
+        fixed[carry.placeholder] = value[start:stop]
+    free = [system.carries[i] for i in differentiable(system)]
+    smooth = [i for i, c in enumerate(system.base()) if c.is_floating_point()]
+    system.body.layout(fixed, stop - start)  # chosen before a transform looks at it
 
-    def equations(*read: torch.Tensor) -> States:
+    def equations(*moved: torch.Tensor) -> States:
         arguments = list(fixed)
-        for carry, value in zip(system.carries, read, strict=True):
+        for carry, value in zip(free, moved, strict=True):
             arguments[carry.placeholder] = value
-        return system.pick(system.body(arguments, stop - start))
+        states = system.pick(system.body(arguments, stop - start))
+        return tuple(states[i] for i in smooth)
 
-    return equations
-
-
-def _warm(system: System, start: int, stop: int, read: Windows) -> Callable[..., States]:
-    """Return the equations of a range, with the way of batching chosen before any transform looks at them."""
-    equations = _function(system, start, stop)
-    equations(*read)
     return equations
 
 
@@ -47,8 +52,8 @@ def batch_size(system: System) -> int:
     Found by differentiating at a random point: a tangent in one sample must leave all others exactly at zero. It only
     decides the shape of Jacobians; a solve's residual check does not rest on it.
     """
-    shapes = [carry.before.shape[1:] for carry in system.carries]
-    sizes = {shape[0] if shape else 0 for shape in shapes}
+    free = [system.carries[i] for i in differentiable(system)]
+    sizes = {carry.before.shape[1] if carry.before.dim() > 1 else 0 for carry in free}
     if len(sizes) != 1:
         return 1
     (size,) = sizes
@@ -59,8 +64,9 @@ def batch_size(system: System) -> int:
     def noise(like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    point = tuple(noise(c.before[:1]) for c in system.carries)
-    equations = _warm(system, 0, 1, point)
+    read = tuple(carry.before for carry in system.carries)
+    point = tuple(noise(c.before[:1]) for c in free)
+    equations = _equations(system, 0, 1, read)
     for sample in range(size):
         tangents = tuple(torch.zeros_like(p) for p in point)
         for tangent, value in zip(tangents, point, strict=True):
@@ -68,68 +74,79 @@ def batch_size(system: System) -> int:
         for moved in torch.func.jvp(equations, point, tangents)[1]:
             if moved.shape[1:2] != (size,):
                 return 1
-            others = torch.arange(size) != sample
-            if bool((moved[:, others.to(moved.device)] != 0).any()):
+            others = (torch.arange(size) != sample).to(moved.device)
+            if bool((moved[:, others] != 0).any()):
                 return 1
     return size
 
 
-def full(system: System, read: Windows, batch: int, start: int, stop: int) -> torch.Tensor:
-    """Return ``d h_t / d window`` of all carries at steps ``start .. stop-1``: (n, batch, N, carries, N).
+def full(system: System, read: Windows, batch: int) -> torch.Tensor:
+    """Return ``d h_t / d s_{t-d}`` for ``d = 1 .. reach`` at all steps, (T, batch, reach, N, N); zero where ``t < d``.
 
-    ``N`` counts the elements of one sample's state, component after component. A carry only reads its own component,
-    so its columns elsewhere are zero. One forward-mode product a column, all steps and samples together.
+    ``N`` counts the floating-point elements of one sample's state, component after component. One forward-mode
+    product a column, all steps and samples together.
     """
-    part = tuple(value[start:stop] for value in read)
-    equations = _warm(system, start, stop, part)
-    rows = stop - start
-    sizes = [s[0].numel() // batch for s in system.base()]
+    free = differentiable(system)
+    sizes = [s[0].numel() // batch if s.is_floating_point() else 0 for s in system.base()]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     total = sum(sizes)
-    result = part[0].new_zeros(rows, batch, total, len(part), total)
-    for index, carry in enumerate(system.carries):
-        columns = sizes[carry.component]
-        for column in range(columns):
-            tangent = torch.zeros_like(part[index], memory_format=torch.contiguous_format)
-            tangent.view(rows, batch, columns)[:, :, column] = 1
-            tangents = tuple(tangent if i == index else torch.zeros_like(p) for i, p in enumerate(part))
-            moved = torch.func.jvp(equations, part, tangents)[1]
-            flat = torch.cat([m.reshape(rows, batch, -1) for m in moved], dim=2)
-            result[:, :, :, index, offsets[carry.component] + column] = flat
+    result = read[free[0]].new_zeros(system.steps, batch, system.reach, total, total)
+    for start in range(0, system.steps, system.rows_limit):
+        stop = min(system.steps, start + system.rows_limit)
+        rows = stop - start
+        equations = _equations(system, start, stop, read)
+        part = tuple(read[i][start:stop] for i in free)
+        for position, index in enumerate(free):
+            carry = system.carries[index]
+            size = sizes[carry.component]
+            for column in range(size):
+                tangents = tuple(torch.zeros_like(p, memory_format=torch.contiguous_format) for p in part)
+                tangents[position].view(rows, batch, size)[:, :, column] = 1
+                moved = torch.func.jvp(equations, part, tangents)[1]
+                flat = torch.cat([m.reshape(rows, batch, -1) for m in moved], dim=2)
+                result[start:stop, :, carry.distance - 1, :, offsets[carry.component] + column] += flat
+    for distance in range(1, system.reach + 1):
+        result[:distance, :, distance - 1] = 0
     return result
 
 
-def nearest_carries(system: System) -> tuple[int, ...]:
-    """Return, for each component, the index of the carry that reads it from the least distance."""
-    return tuple(
-        min((i for i, c in enumerate(system.carries) if c.component == component),
-            key=lambda i: system.carries[i].distance)
-        for component in range(len(system.components))
-    )  # fmt: skip
+def nearest_carry(system: System, component: int) -> int:
+    """Return the index of the carry that reads ``component`` from the least distance."""
+    own = [i for i, carry in enumerate(system.carries) if carry.component == component]
+    return min(own, key=lambda i: system.carries[i].distance)
 
 
-def linear_part(system: System, read: Windows, carry: int, tangent: torch.Tensor) -> torch.Tensor:
-    """Return ``(d h_t / d window) tangent_t`` for one carry, in its own component, at all steps, (T, *shape)."""
+def linear_part(system: System, read: Windows, index: int, tangent: torch.Tensor) -> torch.Tensor:
+    """Return ``(d h_t / d window) tangent_t`` of carry ``index``, in its own component, (T, *shape)."""
+    free = differentiable(system)
+    smooth = [i for i, s in enumerate(system.base()) if s.is_floating_point()]
+    own = smooth.index(system.carries[index].component)
     pieces: list[torch.Tensor] = []
     for start in range(0, system.steps, system.rows_limit):
         stop = min(system.steps, start + system.rows_limit)
-        part = tuple(value[start:stop] for value in read)
-        equations = _warm(system, start, stop, part)
-        tangents = tuple(tangent[start:stop] if i == carry else torch.zeros_like(p) for i, p in enumerate(part))
-        pieces.append(torch.func.jvp(equations, part, tangents)[1][system.carries[carry].component])
+        equations = _equations(system, start, stop, read)
+        part = tuple(read[i][start:stop] for i in free)
+        tangents = tuple(
+            tangent[start:stop] if i == index else torch.zeros_like(p) for i, p in zip(free, part, strict=True)
+        )
+        pieces.append(torch.func.jvp(equations, part, tangents)[1][own])
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
-def diagonals(system: System, read: Windows, batch: int, probes: int) -> States:
-    """Return for each component the diagonal of ``d h_t / d s_{t-d}`` (nearest carry), (T, *shape).
+def diagonals(system: System, read: Windows, batch: int, probes: int) -> tuple[torch.Tensor | None, ...]:
+    """Return for each component the diagonal of ``d h_t / d s_{t-d}`` (nearest carry), (T, *shape), zero for ``t < d``.
 
     ``probes=0``: exactly, one product for each element of a sample's state. Otherwise the mean of ``v * (J v)`` over
-    that many random sign vectors, the same ones every time (an unbiased estimate: M. Hutchinson, 1990; arXiv
-    2407.19115, section 5, uses exact diagonals).
+    that many random sign vectors, the same ones every time (M. Hutchinson's unbiased estimate, 1990). ``None`` for
+    a component that is not floating-point.
     """
     generator = torch.Generator().manual_seed(0)
-    result: list[torch.Tensor] = []
-    for index in nearest_carries(system):
+    result: list[torch.Tensor | None] = []
+    for component, state in enumerate(system.base()):
+        if not state.is_floating_point():
+            result.append(None)
+            continue
+        index = nearest_carry(system, component)
         value = read[index]
         diagonal = torch.zeros_like(value, memory_format=torch.contiguous_format)
         if probes:
@@ -143,5 +160,6 @@ def diagonals(system: System, read: Windows, batch: int, probes: int) -> States:
                 tangent = torch.zeros_like(value, memory_format=torch.contiguous_format)
                 tangent.view(-1, batch, size)[:, :, column] = 1
                 diagonal += tangent * linear_part(system, read, index, tangent)
+        diagonal[: system.carries[index].distance] = 0
         result.append(diagonal)
     return tuple(result)

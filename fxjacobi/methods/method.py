@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
 
+    from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
 __all__ = ["Contract", "Iterate", "Method"]
@@ -88,6 +89,10 @@ class Method(ABC):
     def name(self) -> str:
         """The method with its options, as a plan prints it."""
         return repr(self)
+
+    @abstractmethod
+    def applies(self, loop: Loop) -> bool:
+        """Whether the method can solve this loop at all (the driver runs it in order where not)."""
 
     @abstractmethod
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:

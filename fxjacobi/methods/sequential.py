@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fxjacobi.methods.method import Contract, Iterate, Method
 
 if TYPE_CHECKING:
+    from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
 __all__ = ["Sequential"]
@@ -21,6 +22,9 @@ class Sequential(Method):
     """
 
     keeps_bits: ClassVar[bool] = True
+
+    def applies(self, loop: Loop) -> bool:
+        return True
 
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         return Iterate(states=guess)

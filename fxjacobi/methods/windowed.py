@@ -9,6 +9,7 @@ from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.sweep import started, sweep
 
 if TYPE_CHECKING:
+    from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
 __all__ = ["Windowed"]
@@ -34,6 +35,9 @@ class Windowed(Method):
     def __post_init__(self) -> None:
         if self.window < 1:
             raise ValueError(f"a window holds at least 1 step, not {self.window}")
+
+    def applies(self, loop: Loop) -> bool:
+        return True
 
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         return started(system, guess, memory=0)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fxjacobi.testing.writer import Writer
 
-__all__ = ["draw_expression", "draw_linear"]
+__all__ = ["draw_combination", "draw_expression", "draw_linear"]
 
 UNARY = {
     "float": (
@@ -102,6 +102,15 @@ def draw_linear(draw: DrawFn, writer: Writer, operand: str) -> str:
         return f"{writer.module(f'nn.Linear({hidden}, {hidden}, bias={bias}, dtype=DTYPE)')}({operand})"
     weight = writer.argument("w", (hidden, hidden), scale=0.4)
     return f"({operand}) @ {weight}"
+
+
+def draw_combination(draw: DrawFn, writer: Writer, operands: Sequence[str]) -> str:
+    """Return an expression that uses every one of ``operands``."""
+    kind = writer.sizes.kind
+    result = draw_expression(draw, writer, operands[:1], 1)
+    for operand in operands[1:]:
+        result = draw(st.sampled_from(BINARY[kind])).format(result, draw_expression(draw, writer, [operand], 1))
+    return draw(st.sampled_from(("{0}", *UNARY[kind]))).format(result)
 
 
 def draw_expression(draw: DrawFn, writer: Writer, leaves: Sequence[str], depth: int = 2) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hypothesis import strategies as st
 
 from fxjacobi.testing.accesses import draw_access
-from fxjacobi.testing.expressions import draw_expression, draw_linear
+from fxjacobi.testing.expressions import draw_combination, draw_expression, draw_linear
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn
@@ -150,9 +150,9 @@ def draw_recurrence(draw: DrawFn, writer: Writer) -> None:
 def _write_cell(draw: DrawFn, writer: Writer, cell: str, value: str, state: str, other: str | None) -> None:
     hidden = writer.sizes.hidden
     if cell == "expression":
-        writer.line(f"{state} = {draw_expression(draw, writer, [state, value], 3)}")
+        writer.line(f"{state} = {draw_combination(draw, writer, [state, value])}")
     elif cell == "two back":
-        writer.line(f"{state}, {other} = {draw_expression(draw, writer, [state, str(other), value], 3)}, {state}")
+        writer.line(f"{state}, {other} = {draw_combination(draw, writer, [state, str(other), value])}, {state}")
     elif cell == "submodule":
         bias = draw(st.booleans())
         linear = f"nn.Linear({hidden}, {hidden}, dtype=DTYPE"
@@ -211,7 +211,7 @@ def draw_fixed_point(draw: DrawFn, writer: Writer) -> None:
     elif form == "modulo":
         step = f"({state} * 3 + {constant}) % 5"
     else:
-        step = draw_expression(draw, writer, [state, constant], 3)
+        step = draw_combination(draw, writer, [state, constant])
     repeats = draw(st.sampled_from((0, 1, 2, 5, 12)))
     writer.features.add(f"{repeats if repeats < 3 else 'many'} repetitions")
     if sizes.kind in ("float", "complex") and _maybe(draw, 4):
@@ -277,7 +277,7 @@ def draw_writes(draw: DrawFn, writer: Writer) -> None:
     with writer.block(f"for {step} in range({sizes.steps}):"):
         before = writer.name("before")
         writer.line(f"{before} = {array}[{step} - 1] if {step} else {start}")
-        writer.line(f"{array}[{step}] = {draw_expression(draw, writer, [before, f'{sequence}[{step}]'])}")
+        writer.line(f"{array}[{step}] = {draw_combination(draw, writer, [before, f'{sequence}[{step}]'])}")
     writer.sequences.append(array)
 
 
@@ -300,7 +300,7 @@ def draw_nested(draw: DrawFn, writer: Writer) -> None:
         update = f"{writer.module(f'nn.ModuleList([{one} for _ in range({layers})])')}[{layer}]({{x}}, {{h}})"
     else:
         # Only the names are placeholders here: what was drawn holds no brace of its own.
-        update = draw_expression(draw, writer, ["(X)", "(H)"]).replace("(X)", "{x}").replace("(H)", "{h}")
+        update = draw_combination(draw, writer, ["(X)", "(H)"]).replace("(X)", "{x}").replace("(H)", "{h}")
     outs = writer.name("outs")
     if draw(st.booleans()):
         writer.features.add("layers outside")

@@ -1,0 +1,74 @@
+"""Normalisations: layer, group and RMS norm mix what they average over; batch norm only while it trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxjacobi.causal_rules.domain import Abstract, Value, squash
+from fxjacobi.causal_rules.pointwise import maximum_rank
+from fxjacobi.causal_rules.reductions import argument, reduced
+from fxjacobi.causal_rules.registry import Context, rule, tensors_in
+from fxjacobi.graph import Spec, TensorSpec, spec_of
+
+if TYPE_CHECKING:
+    from torch import fx
+
+__all__: list[str] = []
+
+
+def _results(spec: Spec, rank: torch.Tensor) -> Value:
+    """The normalised tensor's ranks, and for statistics the highest."""
+    if isinstance(spec, TensorSpec):
+        return Abstract(rank.expand(spec.shape))
+    assert isinstance(spec, tuple)
+    highest = squash(rank).amax()
+    rest = [Abstract(highest.expand(one.shape)) if isinstance(one, TensorSpec) else None for one in spec[1:]]
+    return (_results(spec[0], rank), *rest)
+
+
+@rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
+def _layer_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    source, normalized = args[:2]
+    dims = list(range(-len(normalized), 0))
+    mixed = Abstract(reduced(source.rank, dims, keepdim=True))
+    affine = tensors_in((args[2:], kwargs))
+    return _results(spec_of(node), maximum_rank([mixed, *affine], source.shape))
+
+
+@rule("native_group_norm", "group_norm")
+def _group_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    source = args[0]
+    groups = argument(node, "group", args, kwargs) or argument(node, "num_groups", args, kwargs)
+    shape = source.shape
+    grouped = source.rank.unflatten(1, (groups, shape[1] // groups))
+    mixed = reduced(grouped, list(range(2, grouped.dim())), keepdim=True).expand(grouped.shape)
+    rank = mixed.flatten(1, 2)
+    for affine in tensors_in((args[1:], kwargs)):
+        if affine.highest >= 0:
+            rank = torch.clamp(rank, min=affine.highest)
+    return _results(spec_of(node), rank)
+
+
+@rule(
+    "native_batch_norm", "batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "_batch_norm_no_update",
+    "_batch_norm_with_update", "_batch_norm_with_update_functional", "_native_batch_norm_legit.no_stats", "instance_norm",
+    "_batch_norm_impl_index",
+)  # fmt: skip
+def _batch_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    source = args[0]
+    name = str(node.target)
+    training = argument(node, "training", args, kwargs)
+    if "instance_norm" in name or "_batch_norm_impl_index" in name:
+        return context.give_up(node, args, kwargs)
+    if training is None:
+        training = "no_training" not in name and "no_update" not in name
+    rank = source.rank
+    if training:
+        rank = reduced(rank, [dim for dim in range(rank.dim()) if dim != 1], keepdim=True).expand(rank.shape)
+    for affine in tensors_in((args[1:], kwargs)):
+        if affine.highest >= 0:
+            rank = torch.clamp(rank, min=affine.highest)
+    return _results(spec_of(node), rank)

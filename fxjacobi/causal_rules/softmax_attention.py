@@ -1,0 +1,198 @@
+"""Softmax and attention: entries masked with -inf have weight exactly zero and carry no dependence.
+
+    softmax(s)[i, j] = 0                     where s[i, j] is known to be -inf and some other entry of row i is not
+    attention(Q, K, V)[i] depends on Q[i] and, for j not masked, on K[j], V[j]     (arXiv 1706.03762, section 3.2)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, squash
+from fxjacobi.causal_rules.matmul import masked_maximum
+from fxjacobi.causal_rules.pointwise import maximum_rank
+from fxjacobi.causal_rules.reductions import argument, reduced, running
+from fxjacobi.causal_rules.registry import Context, rule, tensors_in
+from fxjacobi.graph import Spec, TensorSpec, spec_of
+
+if TYPE_CHECKING:
+    from torch import fx
+
+__all__ = ["attention_rank", "masked_entries"]
+
+_MINUS_INF = float("-inf")
+
+
+@rule("_softmax", "softmax.int", "_safe_softmax", "_log_softmax", "log_softmax.int")
+def _softmax(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    source = args[0]
+    dim = argument(node, "dim", args, kwargs)
+    spec = spec_of(node)
+    assert isinstance(spec, TensorSpec)
+    rank = reduced(source.rank, dim, keepdim=True).expand(spec.shape)
+    masked = source.equals(_MINUS_INF) if context.may_kill else None
+    if masked is None or not spec.shape:
+        return Abstract(rank)
+    # A row of nothing but -inf is NaN (or 0) altogether, and is no constant zero.
+    masked = masked & ~masked.all(dim, keepdim=True)
+    if not bool(masked.any()):
+        return Abstract(rank)
+    context.kill(node, source)
+    fill = _MINUS_INF if "log" in str(node.target) else 0.0
+    value = torch.full((), fill, dtype=spec.dtype, device=source.value.device).expand(spec.shape)
+    return Abstract(torch.where(masked, NOTHING, rank), masked, value, source.sources)
+
+
+def masked_entries(mask: Abstract | None) -> torch.Tensor | None:
+    """Return where an attention mask is known to exclude: ``False`` in a bool mask, ``-inf`` in an added one."""
+    if mask is None or mask.value is None:
+        return None
+    return mask.equals(0) if mask.value.dtype == torch.bool else mask.equals(_MINUS_INF)
+
+
+def attention_rank(
+    context: Context,
+    node: fx.Node,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool,
+    mask: Abstract | None,
+) -> torch.Tensor:
+    """Return ranks of ``(..., L, 1)``: row i over its own query and the keys and values it may see.
+
+    Ranks come in as ``(..., L, E)``, ``(..., S, E)``, ``(..., S, Ev)``.
+    """
+    rows, columns = query.shape[-2], key.shape[-2]
+    own = squash(query).amax(-1, keepdim=True)
+    seen = torch.maximum(squash(key).amax(-1, keepdim=True), squash(value).amax(-1, keepdim=True))
+    dead = masked_entries(mask)
+    if causal:
+        upper = torch.ones(rows, columns, dtype=torch.bool).triu(1)
+        dead = upper if dead is None else dead | upper
+    if mask is not None and mask.highest >= 0:
+        own = torch.maximum(own, squash(reduced(mask.rank, -1, keepdim=True)))
+    if dead is None or not context.may_kill:
+        return torch.maximum(own, seen.amax(-2, keepdim=True))
+    # What a kernel gives for a row that sees nothing is its own affair: let it depend on everything.
+    alive = ~dead | dead.all(-1, keepdim=True)
+    if not bool(alive.all()):
+        context.kill(node, *([] if mask is None else [mask]))
+    seen = seen.expand(*seen.shape[:-2], columns, 1)
+    return torch.maximum(own, masked_maximum(seen.mT.contiguous(), alive.mT).mT)
+
+
+def _first_like(spec: Spec, rank: torch.Tensor) -> Value:
+    """Give the ranks to the first result; the others (log-sum-exps, counters) may depend on all of them."""
+    if isinstance(spec, TensorSpec):
+        return Abstract(rank.expand(spec.shape))
+    assert isinstance(spec, tuple)
+    highest = squash(rank).amax()
+    rest = [Abstract(highest.expand(one.shape)) if isinstance(one, TensorSpec) else None for one in spec[1:]]
+    return (_first_like(spec[0], rank), *rest)
+
+
+@rule(
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+def _attention(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    if argument(node, "dropout_p", args, kwargs) or argument(node, "dropout_mask", args, kwargs) is not None:
+        return context.give_up(node, args, kwargs)
+    query, key, value = args[:3]
+    mask = argument(node, "attn_mask", args, kwargs)
+    mask = argument(node, "attn_bias", args, kwargs) if mask is None else mask
+    ranks = [query.rank, key.rank, value.rank]
+    if query.shape[:-2] != key.shape[:-2]:
+        # Grouped queries: each key head serves several query heads.
+        if query.shape[-3] % key.shape[-3]:
+            return context.give_up(node, args, kwargs)
+        times = query.shape[-3] // key.shape[-3]
+        ranks[1:] = [rank.repeat_interleave(times, -3) for rank in ranks[1:]]
+    causal = bool(argument(node, "is_causal", args, kwargs))
+    rank = attention_rank(context, node, *ranks, causal=causal, mask=mask)
+    return _first_like(spec_of(node), rank)
+
+
+def _weights_rank(values: list[Abstract]) -> torch.Tensor:
+    return torch.tensor(max((value.highest for value in values), default=NOTHING), dtype=torch.int32)
+
+
+def _self_attention(
+    context: Context, node: fx.Node, source: list[Abstract], mask: Abstract | None, mask_type: int | None
+) -> torch.Tensor:
+    """Rank ``(B, L, 1)`` of attention over whole tokens, with the mask conventions of the fused kernels.
+
+    ``mask_type`` 0 is ``(L, L)``, 1 is key padding ``(B, L)``, 2 is ``(B, heads, L, L)``; ``True`` or ``-inf`` excludes.
+    """
+    query, key, value = (one.rank for one in source)
+    if mask is not None and mask.value is not None and mask.known is not None:
+        excluded = mask.value if mask.value.dtype == torch.bool else mask.value == _MINUS_INF
+        flipped = Abstract(mask.rank, mask.known, ~excluded, mask.sources)
+        mask = flipped
+    if mask is not None and mask_type == 1:
+        mask = Abstract(
+            mask.rank.unsqueeze(-2),
+            None if mask.known is None else mask.known.unsqueeze(-2),
+            None if mask.value is None else mask.value.unsqueeze(-2),
+            mask.sources,
+        )
+    if mask is not None and len(mask.shape) == 4:
+        # The heads are mixed by the output projection: an entry is excluded where every head excludes it.
+        known = None if mask.known is None else mask.known.all(1)
+        value_of = None if mask.value is None else mask.value.any(1)
+        mask = Abstract(reduced(mask.rank, 1, keepdim=False), known, value_of, mask.sources)
+    return attention_rank(context, node, query, key, value, causal=False, mask=mask)
+
+
+@rule("_native_multi_head_attention")
+def _multi_head(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    query, key, value = args[:3]
+    mask = argument(node, "mask", args, kwargs)
+    mask_type = argument(node, "mask_type", args, kwargs)
+    weights = tensors_in(args[5:9])
+    rank = _self_attention(context, node, [query, key, value], mask, mask_type)
+    rank = torch.maximum(rank, _weights_rank(weights))
+    spec = spec_of(node)
+    assert isinstance(spec, tuple)
+    out = spec[0]
+    assert isinstance(out, TensorSpec)
+    highest = squash(rank).amax()
+    second = spec[1] if len(spec) > 1 else None
+    attention = Abstract(highest.expand(second.shape)) if isinstance(second, TensorSpec) else None
+    return (Abstract(rank.expand(out.shape)), attention)
+
+
+@rule("_transformer_encoder_layer_fwd")
+def _encoder_layer(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    source = args[0]
+    mask = argument(node, "mask", args, kwargs)
+    mask_type = argument(node, "mask_type", args, kwargs)
+    rank = _self_attention(context, node, [source] * 3, mask, mask_type)
+    rank = torch.maximum(rank, squash(source.rank).amax(-1, keepdim=True))
+    rank = torch.maximum(rank, _weights_rank(tensors_in([value for value in args[1:] if value is not mask])))
+    spec = spec_of(node)
+    assert isinstance(spec, TensorSpec)
+    return Abstract(rank.expand(spec.shape))
+
+
+@rule("mkldnn_rnn_layer")
+def _rnn_layer(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """A recurrent layer over time (dimension 0): a running maximum, from the end where it runs backwards."""
+    source = args[0]
+    reverse, batch_sizes = args[7], args[8]
+    spec = spec_of(node)
+    if batch_sizes or not isinstance(spec, tuple) or not isinstance(spec[0], TensorSpec):
+        return context.give_up(node, args, kwargs)
+    rank = reduced(source.rank, -1, keepdim=True)
+    rank = running(rank.flip(0), 0).flip(0) if reverse else running(rank.contiguous(), 0)
+    rank = torch.maximum(rank, _weights_rank(tensors_in(args[1:])))
+    return _first_like(spec, maximum_rank([Abstract(rank)], rank.shape))

@@ -1,0 +1,95 @@
+"""What the methods that solve a linear system each sweep share: the step from old iterate and proposal to the new."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxjacobi.graph import TensorSpec, spec_of
+from fxjacobi.loops import Carried
+from fxjacobi.methods.associative_scan import affine_scan
+from fxjacobi.methods.jacobian import nearest_carry, windows
+from fxjacobi.methods.settle import floors, geometric_remainder, leading, replace_non_finite, units
+
+if TYPE_CHECKING:
+    from fxjacobi.loops import Loop
+    from fxjacobi.methods.method import Contract, Iterate
+    from fxjacobi.system import States, System
+
+__all__ = ["advance", "flattened", "has_float_state", "scan_diagonal", "unflattened"]
+
+
+def has_float_state(loop: Loop) -> bool:
+    """Whether some carried value is floating-point, so that there is a Jacobian."""
+    placeholders = [node for node in loop.body.graph.nodes if node.op == "placeholder"]
+    specs = [spec_of(p) for p, b in zip(placeholders, loop.bindings, strict=True) if isinstance(b, Carried)]
+    return any(isinstance(s, TensorSpec) and s.dtype.is_floating_point for s in specs)
+
+
+def advance(
+    system: System, iterate: Iterate, contract: Contract, values: States, proposal: States, *, second_order: bool
+) -> Iterate:
+    """Return the iterate whose trajectory is ``proposal``, given ``values = h(iterate.states)``.
+
+    Steps whose inputs are final take ``values``: so these methods, too, keep a prefix that grows with every sweep.
+    Where the proposal is not finite it is replaced by ``values``, then by the base values.
+
+    Args:
+        second_order: Whether the update itself estimates the error of the old iterate, amplification by later steps
+            included, as a Newton update does; otherwise equal ratios of successive updates must not add up to more
+            than the tolerance either.
+    """
+    base = system.base()
+    floor = floors(values, contract).cpu()
+    final = leading(units(values, iterate.states, contract).cpu() <= floor)
+    prefix = min(system.steps, final + system.nearest)
+    fallback = replace_non_finite(values, base, prefix)
+    new = tuple(torch.cat([v[:prefix], p[prefix:]]) for v, p in zip(values, proposal, strict=True))
+    new = replace_non_finite(new, fallback, prefix)
+    updates = units(new, iterate.states, contract).cpu()
+    update = float(updates.amax())
+    if update <= 1.0 and not second_order:
+        earlier = iterate.updates if iterate.updates is not None else torch.zeros_like(updates)
+        update = max(update, geometric_remainder(updates, earlier, floor))
+    if prefix == system.steps:
+        update = 0.0
+    return replace(iterate, states=new, prefix=prefix, update=update if not math.isnan(update) else math.inf,
+                   updates=updates)  # fmt: skip
+
+
+def scan_diagonal(
+    system: System, states: States, values: States, diagonal: tuple[torch.Tensor | None, ...]
+) -> States:
+    """Return ``s_t = h_t(s^k) + D_t (s_{t-d} - s^k_{t-d})`` by one scan a component; ``values`` where there is no D."""
+    read = windows(system, states)
+    result: list[torch.Tensor] = []
+    for component, (value, factor) in enumerate(zip(values, diagonal, strict=True)):
+        if factor is None:
+            result.append(value)
+            continue
+        index = nearest_carry(system, component)
+        result.append(affine_scan(factor, value - factor * read[index], system.carries[index].distance))
+    return tuple(result)
+
+
+def flattened(states: States, batch: int) -> torch.Tensor:
+    """Return the floating-point components of each sample's state side by side, (T, batch, N)."""
+    parts = [s.reshape(s.shape[0], batch, -1) for s in states if s.is_floating_point()]
+    return torch.cat(parts, dim=2)
+
+
+def unflattened(flat: torch.Tensor, like: States) -> States:
+    """Undo :func:`flattened`; other components come from ``like``."""
+    result: list[torch.Tensor] = []
+    offset = 0
+    for value in like:
+        if not value.is_floating_point():
+            result.append(value)
+            continue
+        size = value[0].numel() // flat.shape[1]
+        result.append(flat[:, :, offset : offset + size].reshape(value.shape))
+        offset += size
+    return tuple(result)

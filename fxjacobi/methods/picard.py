@@ -1,0 +1,50 @@
+"""Picard iteration: each step adds its increment, evaluated at the old iterate, to the step before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from fxjacobi.methods.jacobian import nearest_carry
+from fxjacobi.methods.linearised import advance, has_float_state, scan_diagonal
+from fxjacobi.methods.method import Contract, Iterate, Method
+from fxjacobi.methods.settle import replace_non_finite
+
+if TYPE_CHECKING:
+    from fxjacobi.loops import Loop
+    from fxjacobi.system import States, System
+
+__all__ = ["Picard"]
+
+
+@dataclass(frozen=True)
+class Picard(Method):
+    """``s_t = s_{t-d} + (h_t(s^k_{t-d}) - s^k_{t-d})``, a prefix sum of increments (ParaDiGMS, arXiv 2305.16317, eq. 4).
+
+    Newton with the identity for a Jacobian: for chains of small increments (samplers, ODE steps, residual layers).
+    """
+
+    keeps_bits: ClassVar[bool] = False
+
+    def applies(self, loop: Loop) -> bool:
+        return has_float_state(loop)
+
+    def init(self, system: System, guess: States, contract: Contract) -> Iterate:
+        return Iterate(replace_non_finite(guess, system.base(), 0))
+
+    def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
+        values = system.next_states(iterate.states)
+        identity: list[torch.Tensor | None] = []
+        for component, value in enumerate(values):
+            one = None
+            if value.is_floating_point():
+                one = torch.ones_like(value, memory_format=torch.contiguous_format)
+                one[: system.carries[nearest_carry(system, component)].distance] = 0
+            identity.append(one)
+        proposal = scan_diagonal(system, iterate.states, values, tuple(identity))
+        return advance(system, iterate, contract, values, proposal, second_order=False)
+
+    def done(self, iterate: Iterate, contract: Contract) -> bool:
+        return iterate.update <= 1.0
