@@ -61,7 +61,7 @@ class View:
 class Region:
     """One storage met during the run.
 
-    ``birth`` is the number of operations recorded before it was made (-1: it was there before the run);
+    ``birth`` is the position of the operation that made it (-1: none did);
     ``saved`` is what it held before the run's first write. ``origin`` is the placeholder or ``get_attr`` node of memory that was there before the run, else ``None``.
     The weak reference keeps the storage's address from being reused while keeping none of its bytes.
     """

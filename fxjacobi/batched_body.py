@@ -53,7 +53,9 @@ class Batch(Protocol):
     ``(rows, ...)``.
     """
 
-    def __call__(self, arguments: Sequence[Any], rows: int) -> tuple[Any, ...]: ...
+    def __call__(self, arguments: Sequence[Any], rows: int) -> tuple[Any, ...]:
+        """Evaluate the body for ``rows`` steps."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Layout:
     def unpack(self, value: torch.Tensor, leading: int = 0) -> torch.Tensor:
         """Undo :meth:`pack`."""
         if self.strategy is Strategy.FOLD:
-            return value.unflatten(leading, (self.rows, -1))
+            return value.reshape(*value.shape[:leading], self.rows, -1, *value.shape[leading + 1 :])
         return value.unsqueeze(leading) if self.strategy is Strategy.SINGLE else value
 
     def literal(self, index: int, values: Sequence[Any]) -> Any:
@@ -112,7 +114,9 @@ class _Mapped:
         if self._traced is not None:
             return self._traced.forward(*(a for a in arguments if isinstance(a, torch.Tensor)))  # type: ignore[no-any-return]
         tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-        dims = tuple(0 if m else None for a, m in zip(arguments, self._mapped, strict=True) if isinstance(a, torch.Tensor))
+        dims = tuple(
+            0 if m else None for a, m in zip(arguments, self._mapped, strict=True) if isinstance(a, torch.Tensor)
+        )
 
         def of_tensors(*values: torch.Tensor) -> Any:
             rest = iter(values)
@@ -161,6 +165,7 @@ class BatchedBody:
         return not any(is_effect(node) for node in self.body.graph.nodes)
 
     def __call__(self, arguments: Sequence[Any], rows: int) -> tuple[Any, ...]:
+        """Evaluate the body for ``rows`` steps; see :class:`Batch`."""
         layout = self.layout(arguments, rows)
         outputs = layout.run(*self.prepare(layout, arguments))
         return tuple(layout.unpack(o) if isinstance(o, torch.Tensor) else o for o in outputs)
@@ -219,7 +224,9 @@ class BatchedBody:
             copy = environment[node] = graph.node_copy(node, lambda n: environment[n])
             if not lifted.intersection(node.all_input_nodes):
                 continue
-            if node.target not in _LIFTED or lifted.intersection(v for v in node.kwargs.values() if isinstance(v, fx.Node)):
+            if node.target not in _LIFTED or lifted.intersection(
+                v for v in node.kwargs.values() if isinstance(v, fx.Node)
+            ):
                 return None
             copy.target = _LIFTED[node.target]
         self._lifted_body = fx.GraphModule(self.body, graph)
@@ -253,7 +260,7 @@ class BatchedBody:
                     if isinstance(w, torch.Tensor)
                 )
             except _MISFITS as misfit:
-                logger.debug("body %s does not run as %s: %s", self.body._get_name(), strategy.name, misfit)
+                logger.debug("body %s does not run as %s: %s", type(self.body).__name__, strategy.name, misfit)
                 continue
             if agrees:
                 return strategy

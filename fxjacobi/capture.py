@@ -312,7 +312,7 @@ class _Finish:
         effects: list[TensorEffect | AttributeEffect] = [
             self._tensor_effect(region)
             for region in list(recorder.memory.regions.values())
-            if region.birth < 0 and region.version and region.tensor is not None
+            if region.tensor is not None and region.version
         ]
         states, attribute_effects = self._state()
         graph.output(tuple(self.values))
@@ -366,7 +366,7 @@ class _Finish:
             count[storage_key(tensor)] = count.get(storage_key(tensor), 0) + 1
         for tensor in tensors:
             region = self.recorder.memory.regions.get(storage_key(tensor))
-            if region is not None and region.version and region.birth >= 0 and count[storage_key(tensor)] > 1:
+            if region is not None and region.version and region.tensor is None and count[storage_key(tensor)] > 1:
                 for view in region.views.values():
                     if view.parent is not None:
                         view.version = -1
@@ -374,7 +374,7 @@ class _Finish:
     def _source(self, tensor: torch.Tensor) -> int | ViewOfWritten:
         recorder = self.recorder
         region = recorder.memory.regions.get(storage_key(tensor))
-        if region is not None and region.birth < 0 and region.version:
+        if region is not None and region.tensor is not None and region.version:
             steps = []
             at = recorder.memory.key(region, tensor)
             while region.views[at].parent is not None:
@@ -411,7 +411,7 @@ class _Finish:
                     remedy="keep changing state in tensors, or outside the compiled function",
                 )
             region = self.recorder.memory.regions.get(storage_key(change.after))
-            if region is None or region.birth < 0:
+            if region is None or region.tensor is not None:
                 raise CaptureError(
                     f"{change.name} was rebound to memory that was there before the run", remedy="clone it"
                 )

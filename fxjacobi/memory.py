@@ -184,7 +184,7 @@ class Memory:
         """Register ``tensor``, new memory, as the value of ``node``."""
         geometry = geometry_of(tensor)
         region = self.regions[storage_key(tensor)] = Region.of(tensor, geometry, node)
-        region.birth = len(self.nodes)
+        region.birth = len(self.nodes) - 1
 
     def literal(self, tensor: torch.Tensor) -> fx.Node:
         """A tensor made from Python values: kept as a copy, one for each value, so that equal ones are one node."""

@@ -154,7 +154,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(target, torch.Tensor):
                 self.memory.lookup(target)
                 region = self.memory.regions[storage_key(target)]
-                if region.birth < 0 and region.version == 0 and region.tensor is not None and region.saved is None:
+                if region.tensor is not None and region.version == 0 and region.saved is None:
                     region.saved = region.tensor.detach().clone()
 
     def _lookup_all(self, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from fxjacobi.graph import TensorSpec, spec_of
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Carry", "States", "System"]
 
@@ -190,7 +190,9 @@ class System:
         Returns:
             The trajectory, and the stacked outputs that are results but no state.
         """
-        done: dict[int, list[torch.Tensor]] = {o: list(v[:prefix]) for o, v in zip(self.components, states, strict=True)}
+        done: dict[int, list[torch.Tensor]] = {
+            o: list(v[:prefix]) for o, v in zip(self.components, states, strict=True)
+        }
         rest: dict[int, list[torch.Tensor]] = {o: list(others[o][:prefix]) if prefix else [] for o in self.others}
         for step in range(prefix, self.steps):
             arguments = [self._at(i, step, done) for i in range(len(self.loop.bindings))]
@@ -199,7 +201,13 @@ class System:
                 values.append(outputs[output])
         return tuple(torch.stack(done[c]) for c in self.components), {o: torch.stack(v) for o, v in rest.items()}
 
-    def _at(self, index: int, step: int, done: dict[int, list[torch.Tensor]]) -> Any:
+    def alone(self, states: States, step: int) -> tuple[Any, ...]:
+        """Return the body's outputs at one step of a trajectory, evaluated by itself as the loop does."""
+        done = dict(zip(self.components, states, strict=True))
+        outputs: tuple[Any, ...] = self.loop.body(*(self._at(i, step, done) for i in range(len(self.loop.bindings))))
+        return outputs
+
+    def _at(self, index: int, step: int, done: Mapping[int, Sequence[torch.Tensor] | torch.Tensor]) -> Any:
         match self.loop.bindings[index]:
             case Carried(output, distance, init):
                 return done[output][step - distance] if step >= distance else self.operands[init[step]]

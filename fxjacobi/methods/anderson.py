@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from typing_extensions import override
 
 from fxjacobi.methods.linearised import advance, flattened, has_float_state, unflattened
 from fxjacobi.methods.method import Contract, Iterate, Method
@@ -49,12 +51,15 @@ class Anderson(Method):
         if self.regularisation < 0:
             raise ValueError(f"regularisation must be at least 0, not {self.regularisation}")
 
+    @override
     def applies(self, loop: Loop) -> bool:
         return has_float_state(loop)
 
+    @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         return Iterate(replace_non_finite(guess, system.base(), 0), memory=_History())
 
+    @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
         history: _History = iterate.memory
         values = system.next_states(iterate.states)
@@ -64,8 +69,8 @@ class Anderson(Method):
         states, residuals = (*history.states, flat)[-keep:], (*history.residuals, residual)[-keep:]
         proposal = values
         if len(states) > 1:
-            moved = torch.cat([b - a for a, b in zip(states, states[1:], strict=False)], dim=1)  # (T, m, N)
-            changed = torch.cat([b - a for a, b in zip(residuals, residuals[1:], strict=False)], dim=1)
+            moved = torch.cat([b - a for a, b in pairwise(states)], dim=1)  # (T, m, N)
+            changed = torch.cat([b - a for a, b in pairwise(residuals)], dim=1)
             gamma = self._coefficients(changed, residual)
             proposal = unflattened(at - (gamma.unsqueeze(-1) * (moved + changed)).sum(1, keepdim=True), values)
         iterate = advance(system, iterate, contract, values, proposal, second_order=False)
@@ -85,5 +90,6 @@ class Anderson(Method):
         coefficients = torch.where(usable.reshape(-1, 1), solution.squeeze(-1), torch.zeros_like(solution.squeeze(-1)))
         return coefficients.to(changed.dtype)
 
+    @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update <= 1.0

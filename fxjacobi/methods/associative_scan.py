@@ -9,9 +9,10 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["affine_scan", "associative_scan", "matrix_affine_scan", "strided_scan"]
+__all__ = ["Elements", "affine_scan", "associative_scan", "matrix_affine_scan", "strided_scan"]
 
 Elements: TypeAlias = tuple[torch.Tensor, ...]
+"""A stack of scan elements: tensors of equal length along dimension 0."""
 
 
 def associative_scan(
@@ -48,16 +49,14 @@ def associative_scan(
     return result
 
 
-def strided_scan(
-    combine: Callable[[Elements, Elements], Elements], elements: Elements, distance: int
-) -> Elements:
+def strided_scan(combine: Callable[[Elements, Elements], Elements], elements: Elements, distance: int) -> Elements:
     """:func:`associative_scan` of each of the ``d`` interleaved sequences ``t = r, r + d, r + 2d, ...``."""
     if distance == 1:
         return associative_scan(combine, elements)
     length = elements[0].shape[0]
     short = -length % distance
     padded = (torch.cat([e, e[-1:].expand(short, *e.shape[1:])]) if short else e for e in elements)
-    scanned = associative_scan(combine, tuple(e.unflatten(0, (-1, distance)) for e in padded))
+    scanned = associative_scan(combine, tuple(e.reshape(-1, distance, *e.shape[1:]) for e in padded))
     return tuple(e.flatten(0, 1)[:length] for e in scanned)
 
 

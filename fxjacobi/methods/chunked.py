@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from typing_extensions import override
 
 from fxjacobi.batched_body import Layout, Strategy
 from fxjacobi.loops import Invariant, Literal
@@ -65,15 +66,18 @@ class Chunked(Method):
         if self.chunk < 1:
             raise ValueError(f"a chunk holds at least 1 step, not {self.chunk}")
 
+    @override
     def applies(self, loop: Loop) -> bool:
         return True
 
+    @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         states = replace_non_finite(guess, system.base(), 0)
         # Chunks must reach back no further than one chunk, and one row for each must fit in memory.
         length = max(self.chunk, system.reach, -(-system.steps // system.rows_limit))
         return _started(system, states, min(system.steps, length))
 
+    @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
         chunks: Chunks = iterate.memory
         try:
@@ -84,6 +88,7 @@ class Chunked(Method):
             return _started(system, iterate.states, min(system.steps, 2 * chunks.length))
         return _exchange(system, iterate, states, contract)
 
+    @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update == 0.0 if contract.exact else iterate.update <= 1.0
 
@@ -191,10 +196,13 @@ def _exchange(system: System, iterate: Iterate, states: States, contract: Contra
             changed |= changed_steps((new,), (old,))
         final, update = leading(~changed), float(changed.double().mean())
     else:
-        moved = torch.stack([units((n,), (o,), contract) for n, o in zip(heads, chunks.heads, strict=True)]).amax(0).cpu()
+        moved = (
+            torch.stack([units((n,), (o,), contract) for n, o in zip(heads, chunks.heads, strict=True)]).amax(0).cpu()
+        )
         floor = torch.stack([floors((head,), contract) for head in heads]).amax(0).cpu()
         final, update = leading(moved <= floor), float(moved.amax())
-        assert iterate.updates is not None and iterate.gains is not None, "the iterate was started by init()"
+        assert iterate.updates is not None, "init() sets it"
+        assert iterate.gains is not None, "init() sets it"
         # The next chunk's start moved by the gain of this chunk times the last move of its own start.
         updates, gains = torch.zeros_like(iterate.updates), iterate.gains
         updates[chunks.first :] = moved
@@ -208,15 +216,15 @@ def _exchange(system: System, iterate: Iterate, states: States, contract: Contra
     if prefix == system.steps:
         update = 0.0
     base = system.base()
-    memory = replace(chunks, heads=_finite_heads(system, heads, base, active, final + 1))
+    memory = replace(chunks, heads=_finite_heads(system, heads, base, final + 1))
     unfinished = update > (0.0 if contract.exact else 1.0)
     if unfinished and 2 * final >= len(active):
         memory = prepared(system, states, chunks.starts, chunks.length, finals)
-        memory = replace(memory, heads=_finite_heads(system, memory.heads, base, chunks.starts[finals:], 1))
+        memory = replace(memory, heads=_finite_heads(system, memory.heads, base, 1))
     return replace(iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, memory=memory)
 
 
-def _finite_heads(system: System, heads: Heads, base: States, starts: tuple[int, ...], final: int) -> Heads:
+def _finite_heads(system: System, heads: Heads, base: States, final: int) -> Heads:
     """Replace non-finite guesses among the heads, which are final in the first ``final`` chunks."""
     replaced: list[torch.Tensor] = []
     position = 0

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from typing_extensions import override
 
-from fxjacobi.methods.associative_scan import affine_scan, strided_scan
+from fxjacobi.methods.associative_scan import Elements, affine_scan, strided_scan
 from fxjacobi.methods.jacobian import batch_size, diagonals, nearest_carry, windows
 from fxjacobi.methods.linearised import advance, has_float_state
 from fxjacobi.methods.method import Contract, Iterate, Method
@@ -56,14 +57,15 @@ class Damped(Method):
         if self.probes < 0:
             raise ValueError(f"probes must be at least 0, not {self.probes}")
 
+    @override
     def applies(self, loop: Loop) -> bool:
         return has_float_state(loop)
 
+    @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
-        return Iterate(
-            replace_non_finite(guess, system.base(), 0), memory=_Region(batch_size(system), self.damping)
-        )
+        return Iterate(replace_non_finite(guess, system.base(), 0), memory=_Region(batch_size(system), self.damping))
 
+    @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
         region: _Region = iterate.memory
         if region.values is None:
@@ -83,6 +85,7 @@ class Damped(Method):
             return replace(moved, memory=accepted)
         return replace(iterate, update=math.inf, memory=replace(region, damping=region.damping * 10))
 
+    @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update <= 1.0
 
@@ -119,7 +122,6 @@ def smooth(
     variance ``p -> (a^2 p + 1) / (lambda (a^2 p + 1) + 1)`` is a Moebius map, so its recursion is a scan of 2x2
     matrices, normalised at each product (only their ratio counts).
     """
-    Elements = tuple[torch.Tensor, ...]  # noqa: N806 - a type
 
     def compose(first: Elements, second: Elements) -> Elements:
         a, b, c, d = first

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,7 @@ class Guess(ABC):
 class Base(Guess):
     """Every step as before the loop: ``s_t = s_{-1}``."""
 
+    @override
     def states(self, system: System) -> States:
         return system.base()
 
@@ -38,6 +40,7 @@ class Previous(Guess):
 
     trajectory: States
 
+    @override
     def states(self, system: System) -> States:
         base = system.base()
         if len(base) != len(self.trajectory):
@@ -63,6 +66,7 @@ class Extrapolated(Guess):
         if self.run < 1:
             raise ValueError(f"a line needs at least 1 step, not {self.run}")
 
+    @override
     def states(self, system: System) -> States:
         base = system.base()
         run = min(self.run, system.steps)
@@ -92,6 +96,7 @@ class Given(Guess):
 
     function: Callable[..., States]
 
+    @override
     def states(self, system: System) -> States:
         guess = tuple(self.function(*system.operands))
         base = system.base()

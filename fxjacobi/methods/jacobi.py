@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.sweep import started, sweep
 
@@ -25,14 +27,18 @@ class Jacobi(Method):
 
     keeps_bits: ClassVar[bool] = True
 
+    @override
     def applies(self, loop: Loop) -> bool:
         return True
 
+    @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         return started(system, guess)
 
+    @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
         return sweep(system, iterate, contract, system.steps, system.steps)
 
+    @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update == 0.0 if contract.exact else iterate.update <= 1.0

@@ -38,6 +38,11 @@ def advance(
     Where the proposal is not finite it is replaced by ``values``, then by the base values.
 
     Args:
+        system: The equations.
+        iterate: Where the sweep started.
+        contract: The tolerance that updates are measured in.
+        values: ``h`` of its trajectory.
+        proposal: What the method makes of it.
         second_order: Whether the update itself estimates the error of the old iterate, amplification by later steps
             included, as a Newton update does; otherwise equal ratios of successive updates must not add up to more
             than the tolerance either.
@@ -60,9 +65,7 @@ def advance(
                    updates=updates)  # fmt: skip
 
 
-def scan_diagonal(
-    system: System, states: States, values: States, diagonal: tuple[torch.Tensor | None, ...]
-) -> States:
+def scan_diagonal(system: System, states: States, values: States, diagonal: tuple[torch.Tensor | None, ...]) -> States:
     """Return ``s_t = h_t(s^k) + D_t (s_{t-d} - s^k_{t-d})`` by one scan a component; ``values`` where there is no D."""
     read = windows(system, states)
     result: list[torch.Tensor] = []

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from typing_extensions import override
 
 from fxjacobi.methods.associative_scan import matrix_affine_scan
 from fxjacobi.methods.jacobian import batch_size, full, windows
@@ -31,18 +32,22 @@ class Newton(Method):
 
     keeps_bits: ClassVar[bool] = False
 
+    @override
     def applies(self, loop: Loop) -> bool:
         return has_float_state(loop)
 
+    @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         return Iterate(replace_non_finite(guess, system.base(), 0), memory=batch_size(system))
 
+    @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
         values = system.next_states(iterate.states)
         jacobian = full(system, windows(system, iterate.states), iterate.memory)
         proposal = solve_linear(iterate.states, values, jacobian)
         return advance(system, iterate, contract, values, proposal, second_order=True)
 
+    @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update <= 1.0
 

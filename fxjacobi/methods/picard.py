@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from typing_extensions import override
 
 from fxjacobi.methods.jacobian import nearest_carry
 from fxjacobi.methods.linearised import advance, has_float_state, scan_diagonal
@@ -28,12 +29,15 @@ class Picard(Method):
 
     keeps_bits: ClassVar[bool] = False
 
+    @override
     def applies(self, loop: Loop) -> bool:
         return has_float_state(loop)
 
+    @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         return Iterate(replace_non_finite(guess, system.base(), 0))
 
+    @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
         values = system.next_states(iterate.states)
         identity: list[torch.Tensor | None] = []
@@ -46,5 +50,6 @@ class Picard(Method):
         proposal = scan_diagonal(system, iterate.states, values, tuple(identity))
         return advance(system, iterate, contract, values, proposal, second_order=False)
 
+    @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update <= 1.0

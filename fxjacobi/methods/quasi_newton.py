@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from fxjacobi.methods.jacobian import batch_size, diagonals, windows
 from fxjacobi.methods.linearised import advance, has_float_state, scan_diagonal
 from fxjacobi.methods.method import Contract, Iterate, Method
@@ -36,17 +38,21 @@ class QuasiNewton(Method):
         if self.probes < 0:
             raise ValueError(f"probes must be at least 0, not {self.probes}")
 
+    @override
     def applies(self, loop: Loop) -> bool:
         return has_float_state(loop)
 
+    @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         return Iterate(replace_non_finite(guess, system.base(), 0), memory=batch_size(system))
 
+    @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
         values = system.next_states(iterate.states)
         diagonal = diagonals(system, windows(system, iterate.states), iterate.memory, self.probes)
         proposal = scan_diagonal(system, iterate.states, values, diagonal)
         return advance(system, iterate, contract, values, proposal, second_order=False)
 
+    @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update <= 1.0

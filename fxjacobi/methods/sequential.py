@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from fxjacobi.methods.method import Contract, Iterate, Method
 
 if TYPE_CHECKING:
@@ -23,14 +25,18 @@ class Sequential(Method):
 
     keeps_bits: ClassVar[bool] = True
 
+    @override
     def applies(self, loop: Loop) -> bool:
         return True
 
+    @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         return Iterate(states=guess)
 
+    @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
         return iterate
 
+    @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return False

@@ -43,6 +43,9 @@ def sweep(system: System, iterate: Iterate, contract: Contract, stop: int, seen:
     ``d`` after them: in the exact contract unchanged means bit for bit, in the other within rounding.
 
     Args:
+        system: The equations.
+        iterate: One that :func:`started` or a sweep returned.
+        contract: Exact, or the tolerance that updates are measured in.
         stop: Where the range ends.
         seen: Where the range of the sweep before ended: behind it an update says how wrong the guess was, and
             nothing of how updates are passed on.
@@ -58,7 +61,8 @@ def sweep(system: System, iterate: Iterate, contract: Contract, stop: int, seen:
         moved = units(raw, old, contract).cpu()
         floor = floors(raw, contract).cpu()
         unchanged = leading(moved <= floor)
-        assert iterate.updates is not None and iterate.gains is not None, "the iterate was started by started()"
+        assert iterate.updates is not None, "started() sets it"
+        assert iterate.gains is not None, "started() sets it"
         updates = torch.zeros_like(iterate.updates)
         updates[start:stop] = moved
         every = torch.zeros_like(updates)

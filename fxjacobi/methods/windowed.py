@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
+
 from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.sweep import started, sweep
 
@@ -36,12 +38,15 @@ class Windowed(Method):
         if self.window < 1:
             raise ValueError(f"a window holds at least 1 step, not {self.window}")
 
+    @override
     def applies(self, loop: Loop) -> bool:
         return True
 
+    @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         return started(system, guess, memory=0)
 
+    @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
         end = iterate.prefix + self.window
         if not self.sliding:
@@ -49,5 +54,6 @@ class Windowed(Method):
         stop = min(system.steps, end)
         return replace(sweep(system, iterate, contract, stop, seen=iterate.memory), memory=stop)
 
+    @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update == 0.0 if contract.exact else iterate.update <= 1.0

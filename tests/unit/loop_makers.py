@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import fx
 
 from fxjacobi import ops
-from fxjacobi.graph import TensorSpec, spec_of, spec_of_value, stamp
+from fxjacobi.graph import spec_of_value, stamp
 from fxjacobi.loops import Binding, Carried, Invariant, Literal, Loop, Result, Scanned, Stacked, Step, Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Program", "block_loops", "graph_of", "make_loop", "programs", "same_bits", "trace"]
+__all__ = ["Program", "block_loops", "graph_of", "make_loop", "node", "programs", "same_bits", "trace"]
 
 aten = torch.ops.aten
 
@@ -31,9 +31,14 @@ class _Stamper(fx.Interpreter):
 
 
 def trace(function: Callable[..., tuple[Any, ...]]) -> fx.GraphModule:
-    """Return ``function`` as a graph; it calls ATen overloads and the functions of ``fxjacobi.ops``."""
-    tracer = fx.Tracer(autowrap_functions=(ops.write, ops.guard, ops.restride))
-    return fx.GraphModule({}, tracer.trace(function))
+    """Return ``function`` as a graph; it calls ATen overloads, and other functions through :func:`node`."""
+    return fx.GraphModule({}, fx.Tracer().trace(function))
+
+
+def node(function: Callable[..., Any], *args: Any) -> Any:
+    """Inside a traced function: append a call of ``function`` to the graph."""
+    proxy = next(a for a in args if isinstance(a, fx.Proxy))
+    return proxy.tracer.create_proxy("call_function", function, args, {})
 
 
 def make_loop(
@@ -108,28 +113,28 @@ def _operation(draw: st.DrawFn, graph: fx.Graph, values: list[fx.Node], named: d
     def value() -> fx.Node:
         return draw(st.sampled_from(values))
 
-    def node(target: Any, *args: Any) -> fx.Node:
+    def append(target: Any, *args: Any) -> fx.Node:
         return graph.call_function(target, args)
 
     match draw(st.integers(0, 9)):
         case 0 | 1:
-            return node(draw(st.sampled_from(_UNARY)), value())
+            return append(draw(st.sampled_from(_UNARY)), value())
         case 2 | 3 | 4:
-            return node(draw(st.sampled_from(_BINARY)), value(), value())
+            return append(draw(st.sampled_from(_BINARY)), value(), value())
         case 5:
-            return node(aten.addmm.default, named["bias"], value(), named["weight"])
+            return append(aten.addmm.default, named["bias"], value(), named["weight"])
         case 6:
-            parts = node(aten.split.Tensor, value(), _H // 2, 1)
-            first, second = node(operator.getitem, parts, 0), node(operator.getitem, parts, 1)
-            return node(aten.cat.default, [second, first], 1)
+            parts = append(aten.split.Tensor, value(), _H // 2, 1)
+            first, second = append(operator.getitem, parts, 0), append(operator.getitem, parts, 1)
+            return append(aten.cat.default, [second, first], 1)
         case 7:
-            return node(aten.add.Tensor, value(), node(aten.select.int, named["rows"], 0, named["number"]))
+            return append(aten.add.Tensor, value(), append(aten.select.int, named["rows"], 0, named["number"]))
         case 8:
-            norm = node(aten.native_layer_norm.default, value(), [_H], None, None, 1e-5)
-            return node(operator.getitem, norm, 0)
+            norm = append(aten.native_layer_norm.default, value(), [_H], None, None, 1e-5)
+            return append(operator.getitem, norm, 0)
         case _:
-            turned = node(aten.t.default, node(aten.clone.default, node(aten.t.default, value())))
-            return node(aten.mul.Tensor, turned, named["layer"])
+            turned = append(aten.t.default, append(aten.clone.default, append(aten.t.default, value())))
+            return append(aten.mul.Tensor, turned, named["layer"])
 
 
 @st.composite
@@ -191,15 +196,3 @@ def programs(draw: st.DrawFn) -> Program:
     step = st.integers(0, trip_count - 1) | st.just(trip_count - 1)
     results = draw(st.lists(st.builds(Step, output, step) | st.builds(Stacked, output), min_size=1, max_size=4))
     return Program(make_loop(fx.GraphModule({}, graph), trip_count, bindings, results, operands), tuple(operands))
-
-
-def nodes_by_name(loop: Loop) -> dict[str, fx.Node]:
-    """Return the nodes of a loop's body that compute something, by name."""
-    return {n.name: n for n in loop.body.graph.nodes if n.op.startswith("call")}
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape of a node that is a tensor."""
-    spec = spec_of(node)
-    assert isinstance(spec, TensorSpec)
-    return spec.shape

@@ -1,0 +1,79 @@
+"""Which methods are worth measuring for a loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxjacobi.batched_body import BatchedBody
+from fxjacobi.graph import TensorSpec, spec_of
+from fxjacobi.linearity import affinity
+from fxjacobi.loops import Carried, Loop
+from fxjacobi.methods.affine import Affine
+from fxjacobi.methods.anderson import Anderson
+from fxjacobi.methods.chunked import Chunked
+from fxjacobi.methods.damped import Damped
+from fxjacobi.methods.jacobi import Jacobi
+from fxjacobi.methods.memory_length import memory_length
+from fxjacobi.methods.newton import Newton
+from fxjacobi.methods.picard import Picard
+from fxjacobi.methods.quasi_newton import QuasiNewton
+from fxjacobi.methods.sequential import Sequential
+from fxjacobi.methods.windowed import Windowed
+from fxjacobi.system import System
+
+if TYPE_CHECKING:
+    from fxjacobi.methods.method import Contract, Method
+
+__all__ = ["candidates"]
+
+# A dense Jacobian of more elements a sample costs more than any number of sweeps saves.
+_DENSE = 64
+_CHUNKS = (16, 32, 64, 128)
+
+
+def candidates(
+    loop: Loop, exact: bool, *, system: System | None = None, contract: Contract | None = None
+) -> list[Method]:
+    """Return the methods worth timing on ``loop``, the likeliest first and ``Sequential`` always among them.
+
+    Args:
+        loop: A recurrence.
+        exact: Bits (only methods that keep them), or within a tolerance.
+        system: The loop with operands; with ``contract``, chunk and window sizes come from the measured contraction.
+        contract: The tolerance that the contraction is measured against.
+    """
+    if loop.trip_count < 2 or not System.is_uniform(loop) or not BatchedBody(loop).pure:
+        return [Sequential()]
+    chunks = [c for c in _CHUNKS if 2 * c <= loop.trip_count]
+    windows = [w for w in (64, 256) if w < loop.trip_count]
+    if exact:
+        return [Jacobi(), *map(Windowed, windows), *map(Chunked, chunks[:2]), Sequential()]
+    if system is not None and contract is not None:
+        with torch.no_grad():
+            length = memory_length(system, contract)
+        # Two sweeps where a chunk is as long as the memory; shorter ones take more sweeps of fewer steps.
+        sizes = {length, max(1, length // 2)} if length is not None else set(chunks[-1:])
+        chunks = sorted(s for s in sizes if 2 * s <= loop.trip_count)
+        windows = [] if length is None else [w for w in (2 * length,) if w < loop.trip_count]
+    found: list[Method] = [*map(Chunked, chunks)]
+    linear = affinity(loop)
+    small = _state_elements(loop) <= _DENSE
+    if linear is not None and (linear.diagonal or small):
+        found.insert(0, Affine())
+    found += [Jacobi(), *map(Windowed, windows), Picard(), Anderson(), QuasiNewton(0 if small else 2)]
+    if small:
+        found += [Newton(), Damped()]
+    return [*(m for m in found if m.applies(loop)), Sequential()]
+
+
+def _state_elements(loop: Loop) -> int:
+    """Return the elements of one sample's state, taking dimension 0 for the batch where there are more."""
+    total = 0
+    placeholders = [node for node in loop.body.graph.nodes if node.op == "placeholder"]
+    for placeholder, binding in zip(placeholders, loop.bindings, strict=True):
+        spec = spec_of(placeholder)
+        if isinstance(binding, Carried) and isinstance(spec, TensorSpec):
+            total += torch.Size(spec.shape[1:] if len(spec.shape) > 1 else spec.shape).numel()
+    return total

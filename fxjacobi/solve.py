@@ -1,0 +1,175 @@
+"""The one driver loop of all methods: sweep, check against the sequential definition, complete in order if need be."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxjacobi.batched_body import BatchedBody
+from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.methods.affine import Affine
+from fxjacobi.methods.guess import Base, Guess
+from fxjacobi.methods.method import Contract, Iterate, Method
+from fxjacobi.methods.sequential import Sequential
+from fxjacobi.methods.settle import floors, leading, units
+from fxjacobi.system import States, System
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fxjacobi.batched_body import Batch
+    from fxjacobi.loops import Loop
+
+__all__ = ["Solved", "lawful", "solve", "solve_system"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A solved trajectory, the other stacked outputs that are results (by output index), and the record."""
+
+    states: States
+    others: dict[int, torch.Tensor]
+    solution: Solution
+
+
+def lawful(method: Method, loop: Loop, contract: Contract) -> bool:
+    """Whether ``method`` may solve ``loop`` under ``contract``; where not, the driver runs the loop in order."""
+    if isinstance(method, Sequential):
+        return True
+    if contract.exact and not (method.keeps_bits and contract.exactly_batched):
+        return False
+    return System.is_uniform(loop) and BatchedBody(loop).pure and method.applies(loop)
+
+
+def solve(
+    loop: Loop,
+    operands: Sequence[Any],
+    method: Method,
+    contract: Contract,
+    *,
+    guess: Guess | None = None,
+    batch: Batch | None = None,
+    memory_limit: int | None = None,
+) -> tuple[tuple[Any, ...], Solution]:
+    """Return the loop's results, solved by ``method``, and how that went.
+
+    Exact contract: ``s_t = h_t(s_{t-d})`` bit for bit. Tolerance: each equation's residual within it, or at the level
+    of rounding. What the sweeps do not reach within their bound is run in order, from the last step that is right.
+
+    Args:
+        loop: A recurrence whose body neither draws random numbers nor holds guards, or it runs in order.
+        operands: The loop's operands.
+        method: A method; where it is not lawful for this loop and contract, the loop runs in order.
+        contract: Tolerances and bounds.
+        guess: Where the sweeps start; the values before the loop by default.
+        batch: An evaluator of many steps at once that keeps bits, for the exact contract.
+        memory_limit: Bytes that one batched evaluation may allocate.
+    """
+    if not lawful(method, loop, contract):
+        method = Sequential()
+    if isinstance(method, Sequential):
+        with torch.no_grad():
+            return loop(*operands), Solution(0, Certificate.SEQUENTIAL, 0.0, (), loop.trip_count)
+    system = System(loop, operands, batch=batch, memory_limit=memory_limit)
+    solved = solve_system(system, method, contract, guess if guess is not None else Base())
+    return system.results(solved.states, solved.others), solved.solution
+
+
+@torch.no_grad()
+def solve_system(system: System, method: Method, contract: Contract, guess: Guess) -> Solved:
+    """:func:`solve` for a system that is there already, with a method that is lawful for it."""
+    bound = system.steps if contract.max_sweeps is None else min(contract.max_sweeps, system.steps)
+    if isinstance(method, Affine):
+        bound = max(bound, 1)
+    iterate = method.init(system, guess.states(system), contract)
+    trace = _Trace(contract.patience)
+    while not method.done(iterate, contract) and len(trace.prefixes) < bound and not trace.stalled:
+        iterate = method.step(system, iterate, contract)
+        trace.add(iterate)
+    if not trace.prefixes:
+        return _complete(system, iterate.states, {}, 0, Solution(0, Certificate.SEQUENTIAL))
+    return _checked(system, method, iterate, contract, tuple(trace.prefixes))
+
+
+class _Trace:
+    """The sweeps so far, and whether they still get anywhere."""
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.prefixes: list[int] = []
+        self._best = math.inf
+        self._since = 0
+        self._from = 0
+
+    def add(self, iterate: Iterate) -> None:
+        self.prefixes.append(iterate.prefix)
+        self._since += 1
+        # Twice as many steps as sweeps is what makes a sweep worth more than running the steps in order.
+        if iterate.update <= self._best / 2 or iterate.prefix - self._from > 2 * self._since + 2 * (self.patience or 0):
+            self._best, self._since, self._from = min(self._best, iterate.update), 0, iterate.prefix
+
+    @property
+    def stalled(self) -> bool:
+        return self.patience is not None and self._since >= self.patience
+
+
+def _checked(system: System, method: Method, iterate: Iterate, contract: Contract, prefixes: tuple[int, ...]) -> Solved:
+    """Hold the iterate against ``s_t = h_t(s_{t-d})``; complete in order from where it fails."""
+    states = iterate.states
+    finished = method.done(iterate, contract)
+    sweeps = len(prefixes)
+    if contract.exact:
+        outputs = system.evaluate(states) if system.others else ()
+        others = {o: outputs[o] for o in system.others}
+        prefix = iterate.prefix
+        if finished and prefix == system.steps:
+            certificate = Certificate.EXACT_PREFIX if sweeps == system.steps else Certificate.REPEATED
+            return Solved(states, others, Solution(sweeps, certificate, 0.0, prefixes))
+        return _complete(system, states, others, prefix, Solution(sweeps, Certificate.FELL_BACK, 0.0, prefixes))
+    outputs = system.evaluate(states)
+    values = system.pick(outputs)
+    others = {o: outputs[o] for o in system.others}
+    floor = floors(values, contract)
+    residuals = units(values, states, contract)
+    holds = residuals <= torch.maximum(floor, torch.ones_like(floor))
+    if finished and bool(holds.all()) and _agrees_with_body(system, states):
+        certificate = Certificate.SCANNED if isinstance(method, Affine) else Certificate.RESIDUAL
+        return Solved(states, others, Solution(sweeps, certificate, _relative(values, states), prefixes))
+    prefix = min(system.steps, leading((residuals <= floor).cpu()))
+    if not _agrees_with_body(system, states):
+        prefix = 0
+    logger.info("%s: completing in order from step %d of %d", method.name, prefix, system.steps)
+    record = Solution(sweeps, Certificate.FELL_BACK, _relative(values, states, prefix), prefixes)
+    return _complete(system, states, others, prefix, record)
+
+
+def _complete(system: System, states: States, others: dict[int, torch.Tensor], prefix: int, record: Solution) -> Solved:
+    states, others = system.complete(states, others, prefix)
+    residual = record.residual if record.residual is not None else 0.0
+    solution = Solution(record.sweeps, record.certificate, residual, record.prefixes, system.steps - prefix)
+    return Solved(states, others, solution)
+
+
+def _relative(values: States, states: States, stop: int | None = None) -> float:
+    """Return the largest ``max |values_t - states_t| / max |values_t|`` over the steps before ``stop``."""
+    every = Contract(rtol=1.0)
+    ratios = units(tuple(v[:stop] for v in values), tuple(s[:stop] for s in states), every)
+    return float(ratios.amax()) if ratios.numel() else 0.0
+
+
+def _agrees_with_body(system: System, states: States) -> bool:
+    """Whether the body itself, run on single steps, gives what batching gave: at the first, middle and last step."""
+    loose = Contract(rtol=math.sqrt(max(torch.finfo(s.dtype).eps for s in states if s.is_floating_point())))
+    for step in sorted({0, system.steps // 2, system.steps - 1}):
+        alone = system.pick(system.alone(states, step))
+        if bool(
+            (units(tuple(a.unsqueeze(0) for a in alone), tuple(s[step : step + 1] for s in states), loose) > 1).any()
+        ):
+            return False
+    return True

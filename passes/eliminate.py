@@ -1,0 +1,140 @@
+"""Drop what nobody reads, and compute what is computed twice once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from fxjacobi.graph import is_random
+from fxjacobi.loops import Loop
+from fxjacobi.ops import GUARDS
+from fxjacobi.passes.assemble import assemble
+from fxjacobi.passes.base import Pass, PassResult
+from fxjacobi.passes.escaping import escaping
+from fxjacobi.tape import literal_key
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Eliminate", "eliminate"]
+
+
+@dataclass(frozen=True)
+class Eliminate(Pass):
+    """Eliminate common subexpressions and dead code, in loop bodies and recorded submodules too.
+
+    Two nodes are one if they run the same operation on the same nodes and on literals of equal type and bits (``1``,
+    ``1.0`` and ``True`` differ, and so do ``0.0`` and ``-0.0``; NaN equals NaN). Must not fire on random draws, which
+    advance the generator, on guards, or on two nodes whose memory the caller sees. Placeholders stay.
+    """
+
+    name = "eliminate"
+
+    def apply(self, module: fx.GraphModule) -> PassResult:
+        """Merge forwards, then keep what outputs, guards and draws need."""
+        result = eliminate(module)
+        return PassResult(result, result is not module)
+
+
+def eliminate(module: fx.GraphModule) -> fx.GraphModule:
+    """Return ``module`` without dead and repeated nodes (see :class:`Eliminate`); ``module`` itself if it has none."""
+    return _Eliminator().run(module)
+
+
+class _Eliminator:
+    """Rewrites each submodule once, however often it is called."""
+
+    def __init__(self) -> None:
+        self.submodules: dict[nn.Module, nn.Module] = {}
+        self.effects: dict[nn.Module, bool] = {}
+
+    def run(self, module: fx.GraphModule) -> fx.GraphModule:
+        """Rewrite one graph."""
+        nodes = list(module.graph.nodes)
+        new: dict[str, nn.Module] = {}
+        changed = False
+        effects: set[fx.Node] = set()
+        for node in nodes:
+            if node.op == "call_module":
+                submodule = module.get_submodule(str(node.target))
+                new[str(node.target)] = result = self.submodule(submodule)
+                changed |= result is not submodule
+                if self.has_effects(submodule):
+                    effects.add(node)
+            elif node.op in ("placeholder", "output") or is_random(node) or node.target in GUARDS:
+                effects.add(node)
+        same = self.merge(module, nodes, effects)
+        live: set[fx.Node] = set()
+        for node in reversed(nodes):
+            if node not in same and (node in effects or node in live):
+                live.add(node)
+                live.update(same.get(argument, argument) for argument in node.all_input_nodes)
+        if not changed and len(live) == len(nodes):
+            return module
+        graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+
+        def value(node: fx.Node) -> fx.Node:
+            return values[same.get(node, node)]
+
+        for node in nodes:
+            if node in live:
+                args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+                values[node] = copy = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+                copy.meta = dict(node.meta)
+        return assemble(graph, module, new)
+
+    @staticmethod
+    def merge(module: fx.GraphModule, nodes: list[fx.Node], effects: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Map each node that repeats an earlier one to that one."""
+        shown = escaping(module.graph)
+        first: dict[Any, fx.Node] = {}
+        same: dict[fx.Node, fx.Node] = {}
+
+        def key(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return fx.Node, same.get(value, value)
+            if isinstance(value, (list, tuple)):
+                return (tuple, *map(key, value))
+            if isinstance(value, dict):
+                return (dict, *((name, key(item)) for name, item in value.items()))
+            if isinstance(value, slice):
+                return slice, key((value.start, value.stop, value.step))
+            return literal_key(value)
+
+        for node in nodes:
+            if node in effects:
+                continue
+            target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+            identity = (node.op, target, key(node.args), key(node.kwargs) if node.kwargs else None)
+            earlier = first.setdefault(identity, node)
+            if earlier is not node and not (node in shown and earlier in shown):
+                same[node] = earlier
+        return same
+
+    def has_effects(self, module: nn.Module) -> bool:
+        """Whether running ``module`` draws random numbers or checks a guard."""
+        if module not in self.effects:
+            graph_module = module.body if isinstance(module, Loop) else module
+            self.effects[module] = not isinstance(graph_module, fx.GraphModule) or any(
+                is_random(node)
+                or node.target in GUARDS
+                or (node.op == "call_module" and self.has_effects(graph_module.get_submodule(str(node.target))))
+                for node in graph_module.graph.nodes
+            )
+        return self.effects[module]
+
+    def submodule(self, module: nn.Module) -> nn.Module:
+        """The rewritten form of a submodule."""
+        if module not in self.submodules:
+            result = module
+            if isinstance(module, fx.GraphModule):
+                result = self.run(module)
+            elif type(module) is Loop:
+                body = self.run(module.body)
+                if body is not module.body:
+                    result = Loop(body, module.trip_count, module.bindings, module.results)
+            self.submodules[module] = self.submodules[result] = result
+        return self.submodules[module]
