@@ -11,8 +11,10 @@ of its own (:class:`Batch`) where they must be kept.
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "BatchedBody", "Layout", "Strategy"]
 
 logger = logging.getLogger(__name__)
+
+_bodies: weakref.WeakKeyDictionary[Loop, BatchedBody] = weakref.WeakKeyDictionary()
 
 # What a batched op that does not fit its data raises; anything else is a defect and passes through.
 _MISFITS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
@@ -146,7 +150,7 @@ class BatchedBody:
     """
 
     def __init__(self, loop: Loop) -> None:
-        self.loop = loop
+        self.bindings = loop.bindings
         self.body: fx.GraphModule = loop.body
         output = next(node for node in reversed(self.body.graph.nodes) if node.op == "output")
         self.output_specs = tuple(spec_of(n) if isinstance(n, fx.Node) else None for n in output.args[0])
@@ -159,10 +163,32 @@ class BatchedBody:
         self._strategy: Strategy | None = None
         self._layouts: dict[int, Layout] = {}
 
-    @property
+    @staticmethod
+    def of(loop: Loop) -> BatchedBody:
+        """Return the loop's evaluator: one for its lifetime, so that ways are chosen and traced once."""
+        found = _bodies.get(loop)
+        if found is None:
+            found = _bodies[loop] = BatchedBody(loop)
+        return found
+
+    @cached_property
     def pure(self) -> bool:
         """Whether the body neither draws random numbers nor checks guards, so that it may run on guesses."""
         return not any(is_effect(node) for node in self.body.graph.nodes)
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether every carried value has the spec of the output it carries, so that steps can be stacked."""
+        for binding, placeholder in zip(self.bindings, self.placeholders, strict=True):
+            if isinstance(binding, Carried):
+                before, after = spec_of(placeholder), self.output_specs[binding.output]
+                if not isinstance(before, TensorSpec) or not isinstance(after, TensorSpec):
+                    return False
+                if (before.shape, before.dtype, before.device) != (after.shape, after.dtype, after.device):
+                    return False
+                if torch.Size(before.shape).numel() == 0:
+                    return False
+        return True
 
     def __call__(self, arguments: Sequence[Any], rows: int) -> tuple[Any, ...]:
         """Evaluate the body for ``rows`` steps; see :class:`Batch`."""
@@ -174,7 +200,7 @@ class BatchedBody:
         """Lay stacked ``arguments`` out for ``layout.run``."""
         prepared: list[Any] = []
         for index, (argument, mapped) in enumerate(zip(arguments, self.mapped, strict=True)):
-            if isinstance(self.loop.bindings[index], Literal):
+            if isinstance(self.bindings[index], Literal):
                 prepared.append(layout.literal(index, argument))
             else:
                 prepared.append(layout.pack(argument) if mapped else argument)
@@ -205,7 +231,7 @@ class BatchedBody:
         return Layout(strategy, rows, run, self.varying, self.device)
 
     def _each(self, arguments: Sequence[Any], rows: int) -> Sequence[Any]:
-        bindings = self.loop.bindings
+        bindings = self.bindings
         outputs = [
             self.body(*(a if isinstance(b, Invariant) else a[row] for a, b in zip(arguments, bindings, strict=True)))
             for row in range(rows)
@@ -235,14 +261,14 @@ class BatchedBody:
     def _choose(self, arguments: Sequence[Any], rows: int) -> Strategy:
         """Compare each way with the body on the real inputs and random states, at the first, middle and last row."""
         probe = list(arguments)
-        for index, binding in enumerate(self.loop.bindings):
+        for index, binding in enumerate(self.bindings):
             if isinstance(binding, Carried) and arguments[index].is_floating_point():
                 # The caller's random state is not touched: a private generator draws the probe.
                 noise = torch.randn(arguments[index].shape, generator=torch.Generator().manual_seed(0))
                 probe[index] = noise.to(arguments[index])
         some = sorted({0, rows // 2, rows - 1})
         picked = [a if isinstance(b, Invariant) else [a[r] for r in some]
-                  for a, b in zip(probe, self.loop.bindings, strict=True)]  # fmt: skip
+                  for a, b in zip(probe, self.bindings, strict=True)]  # fmt: skip
         wanted = self._each(picked, len(some))
         candidates = [Strategy.VMAP]
         if not any(self.varying):

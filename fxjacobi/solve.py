@@ -44,7 +44,8 @@ def lawful(method: Method, loop: Loop, contract: Contract) -> bool:
         return True
     if contract.exact and not (method.keeps_bits and contract.exactly_batched):
         return False
-    return System.is_uniform(loop) and BatchedBody(loop).pure and method.applies(loop)
+    body = BatchedBody.of(loop)
+    return body.uniform and body.pure and method.applies(loop)
 
 
 def solve(
@@ -158,9 +159,11 @@ def _complete(system: System, states: States, others: dict[int, torch.Tensor], p
 
 def _relative(values: States, states: States, stop: int | None = None) -> float:
     """Return the largest ``max |values_t - states_t| / max |values_t|`` over the steps before ``stop``."""
+    if stop == 0:
+        return 0.0
     every = Contract(rtol=1.0)
     ratios = units(tuple(v[:stop] for v in values), tuple(s[:stop] for s in states), every)
-    return float(ratios.amax()) if ratios.numel() else 0.0
+    return float(ratios.amax())
 
 
 def _agrees_with_body(system: System, states: States) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from fxjacobi.batched_body import Batch, BatchedBody
-from fxjacobi.graph import TensorSpec, spec_of
+from fxjacobi.graph import TensorSpec
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
 
 if TYPE_CHECKING:
@@ -69,13 +69,12 @@ class System:
         operands: Sequence[Any],
         *,
         batch: Batch | None = None,
-        body: BatchedBody | None = None,
         memory_limit: int | None = None,
     ) -> None:
         self.loop = loop
         self.operands = tuple(operands)
         self.steps = loop.trip_count
-        self.body = body if body is not None else BatchedBody(loop)
+        self.body = BatchedBody.of(loop)
         self.batch: Batch = batch if batch is not None else self.body
         carried = [(i, b) for i, b in enumerate(loop.bindings) if isinstance(b, Carried)]
         self.components = tuple(sorted({b.output for _, b in carried}))
@@ -89,19 +88,6 @@ class System:
         carried_outputs = set(self.components)
         self.others = tuple(sorted({r.output for r in loop.results} - carried_outputs))
         self.rows_limit = self._rows_within(memory_limit)
-
-    @staticmethod
-    def is_uniform(loop: Loop) -> bool:
-        """Whether every carried value has the spec of the output it carries, so that steps can be stacked."""
-        body = BatchedBody(loop)
-        for binding, placeholder in zip(loop.bindings, body.placeholders, strict=True):
-            if isinstance(binding, Carried):
-                before, after = spec_of(placeholder), body.output_specs[binding.output]
-                if not isinstance(before, TensorSpec) or not isinstance(after, TensorSpec):
-                    return False
-                if (before.shape, before.dtype, before.device) != (after.shape, after.dtype, after.device):
-                    return False
-        return True
 
     def _rows_within(self, memory_limit: int | None) -> int:
         if memory_limit is None:

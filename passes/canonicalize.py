@@ -160,7 +160,6 @@ class _Canonicalizer:
 
     def emit(self, target: Any, args: tuple[Any, ...], spec: Spec, site: Site | None) -> fx.Node:
         """Append one operation."""
-        self.modified = True
         return self.note(stamp(self.graph.call_function(target, args), spec, site))
 
     def note(self, node: fx.Node) -> fx.Node:

@@ -21,9 +21,9 @@ from fxjacobi.methods.picard import Picard
 from fxjacobi.methods.quasi_newton import QuasiNewton
 from fxjacobi.methods.sequential import Sequential
 from fxjacobi.methods.windowed import Windowed
-from fxjacobi.system import System
 
 if TYPE_CHECKING:
+    from fxjacobi.system import System
     from fxjacobi.methods.method import Contract, Method
 
 __all__ = ["candidates"]
@@ -44,7 +44,8 @@ def candidates(
         system: The loop with operands; with ``contract``, chunk and window sizes come from the measured contraction.
         contract: The tolerance that the contraction is measured against.
     """
-    if loop.trip_count < 2 or not System.is_uniform(loop) or not BatchedBody(loop).pure:
+    body = BatchedBody.of(loop)
+    if loop.trip_count < 2 or not body.uniform or not body.pure:
         return [Sequential()]
     chunks = [c for c in _CHUNKS if 2 * c <= loop.trip_count]
     windows = [w for w in (64, 256) if w < loop.trip_count]

@@ -1,0 +1,439 @@
+"""A loop that fills an array: which elements each step writes, which it reads, and what its body computes when.
+
+    for t in range(T):  X[p_t] = v_t(G(X), noise_t)
+
+:func:`array_loop` takes the body apart into the array's versions (before and after each write of a step), the
+*network* (what reads the array and is the same at every step), the *tail* (what belongs to one step) and the
+*accesses* (the elements that step t selects for its tail, or writes). It proves nothing: see
+:mod:`fxjacobi.causality`.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from fxjacobi import ops
+from fxjacobi.causal_rules.registry import overloads
+from fxjacobi.causal_rules.views import VIEWS
+from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
+from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Table
+from fxjacobi.passes.assemble import assemble
+from fxjacobi.passes.inline_calls import inline_calls
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["Access", "ArrayLoop", "NotAnArrayLoop", "Write", "array_loop"]
+
+aten = torch.ops.aten
+
+Path: TypeAlias = "tuple[fx.Node | _Region, ...]"
+
+
+class NotAnArrayLoop(Exception):  # noqa: N818 - an answer, caught by the only caller
+    """The loop is not of this form; the message says in what."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """The part of a base that a write covers: ``operation(base, *arguments)`` is that part."""
+
+    operation: Any
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Access:
+    """Elements of a tensor that each step selects.
+
+    Args:
+        node: The node whose value the selection is.
+        source: The node selected from.
+        positions: ``(T, *shape)`` indices into the flattened source.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Write:
+    """A write of a step: ``X.view(-1)[positions[t]] = value``.
+
+    Args:
+        node: The write's node, the array's next version.
+        value: What is written.
+        positions: ``(T, *shape)`` indices into the flattened array.
+    """
+
+    node: fx.Node
+    value: fx.Node
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayLoop:
+    """A loop taken apart.
+
+    Args:
+        loop: The loop, its submodules inlined.
+        array: The placeholder through which the body reads the array.
+        carry: Its binding.
+        writes: The writes of a step, in order (``K`` of them).
+        accesses: What the tail selects, by node.
+        per_step: Nodes whose value belongs to one step.
+        touched: Nodes that depend on the array (and are no version of it).
+        tail: The tail, in order: per-step nodes that are neither literals, selections nor writes.
+        ends: Nodes whose values leave the steps: written values, then other outputs, then guards' arguments.
+    """
+
+    loop: Loop
+    array: fx.Node
+    carry: Carried
+    writes: tuple[Write, ...]
+    accesses: dict[fx.Node, Access]
+    per_step: frozenset[fx.Node]
+    touched: frozenset[fx.Node]
+    tail: tuple[fx.Node, ...]
+    ends: tuple[fx.Node, ...]
+
+    @property
+    def trip_count(self) -> int:
+        """Number of steps, ``T``."""
+        return self.loop.trip_count
+
+    @property
+    def equations(self) -> int:
+        """Number of equations, ``T * K``."""
+        return self.loop.trip_count * len(self.writes)
+
+    @cached_property
+    def versions(self) -> dict[fx.Node, int]:
+        """The array's versions: 0 before the step's first write, ``k`` after its ``k``-th."""
+        return {self.array: 0} | {write.node: k + 1 for k, write in enumerate(self.writes)}
+
+    @cached_property
+    def bindings(self) -> dict[fx.Node, Any]:
+        """The binding of each placeholder."""
+        placeholders = (node for node in self.loop.body.graph.nodes if node.op == "placeholder")
+        return dict(zip(placeholders, self.loop.bindings, strict=True))
+
+    @property
+    def array_spec(self) -> TensorSpec:
+        """Shape and type of the array."""
+        spec = spec_of(self.array)
+        assert isinstance(spec, TensorSpec)
+        return spec
+
+    @cached_property
+    def outputs(self) -> tuple[Any, ...]:
+        """The body's outputs."""
+        outputs = self.loop.body.graph.output_node().args[0]
+        assert isinstance(outputs, tuple)
+        return outputs
+
+    @cached_property
+    def guards(self) -> tuple[fx.Node, ...]:
+        """The body's guards."""
+        return tuple(node for node in self.loop.body.graph.nodes if node.target in ops.GUARDS)
+
+    def ranks(self) -> torch.Tensor:
+        """Return ``int32`` of the array's shape: the equation ``t * K + k`` that writes an element, or ``-1``.
+
+        Raises:
+            NotAnArrayLoop: An element is written more than once.
+        """
+        spec = self.array_spec
+        count = len(self.writes)
+        rank = torch.full((_numel(spec.shape),), -1, dtype=torch.int32)
+        for k, write in enumerate(self.writes):
+            flat = write.positions.reshape(self.trip_count, -1)
+            equations = torch.arange(self.trip_count, dtype=torch.int32).mul(count).add(k)
+            written = torch.zeros_like(rank)
+            written.index_add_(0, flat.reshape(-1), torch.ones(flat.numel(), dtype=torch.int32))
+            if bool((written > 1).any()) or bool((rank[flat] >= 0).any()):
+                raise NotAnArrayLoop(f"{write.node} writes an element of the array more than once")
+            rank[flat] = equations[:, None].expand_as(flat)
+        return rank.reshape(spec.shape)
+
+    def uses(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Return what ``node`` of the tail rests on: accesses, whole tensors that are not per step, array versions."""
+        found: dict[fx.Node, None] = {}
+        pending = [node]
+        seen: set[fx.Node] = set()
+        inside = set(self.tail)
+        while pending:
+            one = pending.pop()
+            if one in seen:
+                continue
+            seen.add(one)
+            if one in inside:
+                pending.extend(one.all_input_nodes)
+            else:
+                found[one] = None
+        return tuple(found)
+
+
+def array_loop(loop: Loop) -> ArrayLoop:
+    """Take ``loop`` apart.
+
+    Raises:
+        NotAnArrayLoop: It carries something else than one array that it fills, draws random numbers, or writes in a
+            way that is not a selection fixed before the loop starts.
+    """
+    loop = _tidied(loop)
+    body = loop.body
+    nodes = list(body.graph.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    bindings = dict(zip(placeholders, loop.bindings, strict=True))
+    carries = [node for node in placeholders if isinstance(bindings[node], Carried)]
+    if len(carries) != 1:
+        raise NotAnArrayLoop(f"the body carries {len(carries)} values, and not one array alone")
+    array, carry = carries[0], bindings[carries[0]]
+    assert isinstance(carry, Carried)
+    if carry.distance != 1 or not isinstance(spec_of(array), TensorSpec):
+        raise NotAnArrayLoop(f"the carried value comes from {carry.distance} steps before")
+    outputs = body.graph.output_node().args[0]
+    assert isinstance(outputs, tuple)
+    found = _chain(outputs[carry.output], array)
+    versions = [array, *(node for node, _, _ in found)]
+    literals = {node: bindings[node].values for node in placeholders if isinstance(bindings[node], Literal)}
+
+    per_step: set[fx.Node] = {
+        node for node in placeholders if isinstance(bindings[node], (Literal, Scanned, Table))
+    }
+    touched: set[fx.Node] = set()
+    for node in nodes:
+        if node.op in ("placeholder", "output") or node in versions:
+            continue
+        if any(used in per_step for used in node.all_input_nodes):
+            per_step.add(node)
+        if any(used in touched or used in versions for used in node.all_input_nodes):
+            touched.add(node)
+        if _draws(node, body):
+            raise NotAnArrayLoop(f"{node} draws random numbers inside the loop ({site_of(node)})")
+    writes = []
+    for node, value, path in found:
+        if not isinstance(value, fx.Node):
+            raise NotAnArrayLoop(f"{node} writes a Python value")
+        writes.append(Write(node, value, _positions(array, path, literals, loop.trip_count)))
+
+    needed, guards = _needed(nodes, versions, outputs, [write.value for write in writes])
+    accesses = {}
+    for node in nodes:
+        if node in needed and node in per_step:
+            source_path = _selection(node, per_step, literals)
+            if source_path is not None:
+                source, path = source_path
+                accesses[node] = Access(node, source, _positions(source, path, literals, loop.trip_count))
+    tail_users = _tail_users(needed, per_step, accesses, outputs, writes, guards)
+    tail = tuple(node for node in nodes if node in tail_users and node not in accesses and node.op != "placeholder")
+    kept = {node: access for node, access in accesses.items() if node in tail_users}
+    others = [o for o in outputs if isinstance(o, fx.Node) and o not in versions]
+    ends = [*(write.value for write in writes), *others, *(g.args[0] for g in guards if isinstance(g.args[0], fx.Node))]
+    return ArrayLoop(
+        loop=loop,
+        array=array,
+        carry=carry,
+        writes=tuple(writes),
+        accesses=kept,
+        per_step=frozenset(per_step),
+        touched=frozenset(touched),
+        tail=tail,
+        ends=tuple(dict.fromkeys(ends)),
+    )
+
+
+def _numel(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _tidied(loop: Loop) -> Loop:
+    """Inline recorded submodules and drop what nobody reads (guards are read by the run)."""
+    body = inline_calls(loop.body, only_single=False)
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    alive: set[fx.Node] = set()
+    for node in reversed(body.graph.nodes):
+        if node.op in ("placeholder", "output") or node.target in ops.GUARDS or any(user in alive for user in node.users):
+            alive.add(node)
+    for node in body.graph.nodes:
+        if node in alive:
+            values[node] = graph.node_copy(node, values.__getitem__)
+            if node.op == "output":
+                values[node].args = (map_arg(node.args[0], values.__getitem__),)
+            else:
+                stamp(values[node], spec_of(node), site_of(node))
+    # inline_calls gives the names; assemble resolves them.
+    return Loop(assemble(graph, body), loop.trip_count, loop.bindings, loop.results)
+
+
+def _draws(node: fx.Node, body: fx.GraphModule) -> bool:
+    from fxjacobi.equations import is_effect
+
+    return node.target not in ops.GUARDS and node.op in ("call_function", "call_module") and is_effect(node)
+
+
+# -- writes ---------------------------------------------------------------------------------------------------------
+
+
+def _write(node: fx.Node) -> tuple[fx.Node, Any, Path] | None:
+    """Return ``(base, value, path to the written part)`` if ``node`` is a write."""
+    if node.op != "call_function":
+        return None
+    if node.target is ops.write:
+        base, value, index = node.args
+        assert isinstance(base, fx.Node)
+        return base, value, (_Region(_basic, (index,)),)
+    scatters = {
+        aten.select_scatter.default: (aten.select.int, 2),
+        aten.slice_scatter.default: (aten.slice.Tensor, 2),
+        aten.diagonal_scatter.default: (aten.diagonal.default, 2),
+    }
+    if node.target in scatters:
+        operation, first = scatters[node.target]
+        base, value = node.args[:2]
+        assert isinstance(base, fx.Node)
+        region = _Region(operation, tuple(node.args[first:]))
+        if isinstance(value, fx.Node):
+            inner = _write(value)
+            # X[..., i, j] = v comes out as a scatter into the selected row, scattered back.
+            if inner is not None and inner[0].target is operation and inner[0].args == (base, *node.args[first:]):
+                return base, inner[1], (region, *inner[2])
+        return base, value, (region,)
+    if node.target is aten.index_put.default and not (len(node.args) > 3 and node.args[3]):
+        base, index, value = node.args[:3]
+        assert isinstance(base, fx.Node)
+        return base, value, (_Region(aten.index.Tensor, (index,)),)
+    return None
+
+
+def _basic(base: torch.Tensor, index: ops.Index) -> torch.Tensor:
+    return base[ops.basic_index(index)]
+
+
+def _chain(node: Any, array: fx.Node) -> list[tuple[fx.Node, Any, Path]]:
+    """Return the writes that lead from ``array`` to ``node``, in order."""
+    found: list[tuple[fx.Node, Any, Path]] = []
+    while node is not array:
+        write = _write(node) if isinstance(node, fx.Node) else None
+        if write is None:
+            raise NotAnArrayLoop(f"the carried value is not written in part: {node} makes all of it anew")
+        found.append((node, write[1], write[2]))
+        node = write[0]
+    if not found:
+        raise NotAnArrayLoop("the carried value never changes")
+    return found[::-1]
+
+
+def _positions(
+    source: fx.Node, path: Path, literals: dict[fx.Node, tuple[Any, ...]], trip_count: int
+) -> torch.Tensor:
+    """Follow ``path`` with the indices of ``source``'s elements in place of its values, at each step."""
+    spec = spec_of(source)
+    if not isinstance(spec, TensorSpec):
+        raise NotAnArrayLoop(f"{source} is not one tensor")
+    indices = torch.arange(_numel(spec.shape)).reshape(spec.shape)
+    rows = []
+    for step in range(trip_count):
+
+        def at(node: fx.Node, step: int = step) -> Any:
+            if node not in literals:
+                raise NotAnArrayLoop(f"the place of a selection from {source} depends on {node}")
+            return literals[node][step]
+
+        part: Any = indices
+        for move in path:
+            if isinstance(move, _Region):
+                part = move.operation(part, *map_arg(move.arguments, at))
+            else:
+                rest, kwargs = map_arg(move.args[1:], at), map_arg(move.kwargs, at)
+                assert callable(move.target)
+                if move.target in _RESHAPES:
+                    here = spec_of(move)
+                    assert isinstance(here, TensorSpec)
+                    part = part.reshape(here.shape)
+                else:
+                    part = move.target(part, *rest, **kwargs)
+        rows.append(part)
+    if any(row.shape != rows[0].shape for row in rows):
+        raise NotAnArrayLoop(f"selections from {source} have another shape at each step")
+    return torch.stack(rows)
+
+
+_RESHAPES = frozenset(overloads("view.default", "_unsafe_view", "reshape", "view_copy.default", "_reshape_alias"))
+
+
+# -- reads ----------------------------------------------------------------------------------------------------------
+
+
+def _selection(
+    node: fx.Node, per_step: set[fx.Node], literals: dict[fx.Node, tuple[Any, ...]]
+) -> tuple[fx.Node, Path] | None:
+    """Return ``(source, path)`` if ``node`` selects, by literals alone, from a tensor that is not per step."""
+    path: list[fx.Node] = []
+    while node in per_step or node.target is operator.getitem or not isinstance(spec_of(node), TensorSpec):
+        if node.op != "call_function" or node.target not in VIEWS or not isinstance(node.args[0], fx.Node):
+            return None
+        rest = [used for used in node.all_input_nodes if used is not node.args[0]]
+        if any(used not in literals for used in rest):
+            return None
+        path.append(node)
+        node = node.args[0]
+        if node not in per_step and isinstance(spec_of(node), TensorSpec):
+            break
+    return (node, tuple(path[::-1])) if path else None
+
+
+def _needed(
+    nodes: list[fx.Node], versions: list[fx.Node], outputs: tuple[Any, ...], values: list[fx.Node]
+) -> tuple[set[fx.Node], list[fx.Node]]:
+    """Return the nodes that written values, outputs and guards rest on, versions not passed through; and the guards."""
+    guards = [node for node in nodes if node.target in ops.GUARDS]
+    pending = [*values, *(o for o in outputs if isinstance(o, fx.Node)), *guards]
+    needed: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in needed or node in versions:
+            continue
+        needed.add(node)
+        pending.extend(node.all_input_nodes)
+    return needed, guards
+
+
+def _tail_users(
+    needed: set[fx.Node],
+    per_step: set[fx.Node],
+    accesses: dict[fx.Node, Access],
+    outputs: tuple[Any, ...],
+    writes: list[Write],
+    guards: list[fx.Node],
+) -> set[fx.Node]:
+    """Return the per-step nodes reached from the ends without passing through a selection."""
+    ends: Iterator[Any] = iter([*(write.value for write in writes), *outputs, *(arg for g in guards for arg in g.args)])
+    pending = [node for node in ends if isinstance(node, fx.Node) and node in per_step and node in needed]
+    reached: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in reached:
+            continue
+        reached.add(node)
+        if node not in accesses:
+            pending.extend(used for used in node.all_input_nodes if used in per_step and used in needed)
+    return reached
+
+
+def invariant_operands(structure: ArrayLoop) -> dict[fx.Node, int]:
+    """Return the operand of each placeholder that holds the same tensor at every step."""
+    return {node: b.operand for node, b in structure.bindings.items() if isinstance(b, Invariant)}
