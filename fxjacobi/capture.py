@@ -96,7 +96,7 @@ class Capture:
         operations: Number of operations recorded.
         gradients: Whether the run built an autograd graph.
         draws: Whether the run drew random numbers.
-        mixed_grad_mode: Where the run switched gradients on or off inside, if it did.
+        undifferentiable: Why an emitted module would not have the run's gradients, if it would not.
     """
 
     graph_module: fx.GraphModule
@@ -113,7 +113,7 @@ class Capture:
     operations: int
     gradients: bool
     draws: bool
-    mixed_grad_mode: str | None
+    undifferentiable: str | None
 
 
     def forget(self) -> Capture:
@@ -335,7 +335,7 @@ class _Finish:
             operations=operations,
             gradients=recorder.gradients,
             draws=any(is_random(node) for node in graph.nodes),
-            mixed_grad_mode=str(recorder.mixed_grad_mode) if recorder.mixed_grad_mode else None,
+            undifferentiable=recorder.undifferentiable,
         )
 
     def _check_inputs(self, specs: Any) -> None:

@@ -89,8 +89,8 @@ class _Compilation:
     def run(self) -> Specialisation:
         """Rewrite, check, measure."""
         capture = self.capture
-        if capture.mixed_grad_mode:
-            return _as_it_is(self.fn, capture, f"gradients are switched inside the run at {capture.mixed_grad_mode}")
+        if capture.undifferentiable:
+            return _as_it_is(self.fn, capture, f"it runs the ordinary way under gradients: {capture.undifferentiable}")
         if any(isinstance(e, TensorEffect) and capture.results[e.value].requires_grad for e in capture.effects):
             return _as_it_is(self.fn, capture, "it writes to its arguments or buffers in a way that gradients flow through")
         stages: dict[str, fx.GraphModule] = {"capture": capture.graph_module}

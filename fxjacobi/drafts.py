@@ -226,7 +226,7 @@ class _Body:
         ):
             new = Table(tuple(draft.operand(drafts.at(node, t)) for t in steps))
         else:
-            new = Scanned(draft.operand(drafts.stack(node)), 0, range(drafts.loop.trip_count))
+            new = Scanned(draft.operand(drafts.stack(node)), 0, range(drafts.loop.trip_count), owned=True)
             assert isinstance(spec, TensorSpec)
             if not is_dense(spec):
                 self.relaid.append(node)

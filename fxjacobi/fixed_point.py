@@ -1,161 +1,169 @@
-"""The block of a fixed-point loop: it stops at the first exact repeat of its state.
-
-    s_t = h(s_{t-1}, .., s_{t-D}),   t = 0 .. T-1,   with the same operands at every step.
-
-``h`` is deterministic, so a state that comes back bit for bit comes back for ever: with ``s_t = s_{t0}`` and
-``q = t - t0``, every later state is one of the ``q`` states in between, and the value of any step up to ``T - 1`` is
-known without running it. No proof about ``h`` is needed. A period of one is seen at the next step; longer ones by
-Brent's algorithm (R. P. Brent, BIT 20, 1980), which keeps a single earlier state, renewed at powers of two.
-
-States are compared by their bits: ``-0.0`` and ``0.0`` are different states (``1 / x`` tells them apart), and a NaN
-equals itself.
-"""
+"""A loop that applies one and the same function again and again, stopped when its state comes back."""
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fxjacobi.bits import same_bits
 from fxjacobi.certificate import Certificate, Solution
-from fxjacobi.loops import Carried, Loop, Stacked, Step
+from fxjacobi.errors import PassError
+from fxjacobi.loops import Carried, Kind, Loop, Stacked, Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["FixedPoint"]
+__all__ = ["FixedPoint", "same_bits"]
+
+_PATIENCE = 16
+"""Off the CPU a comparison waits for the device, so after this many misses every other step goes unchecked, and so on."""
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(value: torch.Tensor) -> torch.Tensor:
+    value = value.detach()
+    if value.is_complex():
+        value = torch.view_as_real(value.resolve_conj())
+    return value.resolve_neg().view(_INTEGER_OF_SIZE[value.element_size()])
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a kernel cannot tell ``a`` from ``b``: the same bits (of NaNs and zeros too), dtype, shape and strides."""
+    if a is b:
+        return True
+    if (a.shape, a.dtype, a.device, a.stride()) != (b.shape, b.dtype, b.device, b.stride()):
+        return False
+    return torch.equal(_bits(a), _bits(b))
 
 
 class FixedPoint(nn.Module):
-    """Takes the place of a loop of :attr:`fxjacobi.loops.Kind.FIXED_POINT`: same operands, same results, same bits.
+    """``x_t = f(x_{t-1}, ..., x_{t-d})`` for ``t < T``, stopped at the first state that was there before.
+
+    ``f`` is a deterministic function of the carried state and of values that are the same at every step. Where the
+    state after step ``t`` equals, bit for bit, the state after step ``s < t``, all later states repeat those from ``s``
+    on, so that every result of the full run is known. A repeat of period 1 is found at once, a longer one by R. P.
+    Brent's algorithm (An improved Monte Carlo factorization algorithm, BIT 20, 1980, section 2) with one saved state.
+
+    Where gradients are recorded for an operand, the loop runs in full.
 
     Args:
-        loop: The loop. Its results may be values of any step, or all steps stacked.
+        loop: A loop of :attr:`fxjacobi.loops.Kind.FIXED_POINT`.
 
     Attributes:
-        last: What the last call did: ``sweeps`` counts evaluations of the body.
+        last: What the last call did.
+
+    Raises:
+        PassError: Something other than the state changes from step to step.
     """
 
-    method = "stop early"
+    method = "fixed point"
 
     def __init__(self, loop: Loop) -> None:
         super().__init__()
+        if loop.kind is not Kind.FIXED_POINT:
+            raise PassError(f"a {loop.kind.value} is no fixed-point iteration")
         self.loop = loop
-        self.reason = f"nothing changes from step to step but the state, so its first repeat ends all {loop.trip_count}"
+        self.reason = "nothing changes from step to step but the state, so its first exact repeat ends it"
         self.last: Solution | None = None
-        depth: dict[int, int] = {}
-        for binding in loop.bindings:
-            if isinstance(binding, Carried):
-                depth[binding.output] = max(depth.get(binding.output, 0), binding.distance)
-        self._carried = tuple((output, back) for output, d in depth.items() for back in range(1, d + 1))
-        self._depth = max(depth.values())
-        self._stacked = {r.output for r in loop.results if isinstance(r, Stacked)}
-        self._steps = {r.step for r in loop.results if isinstance(r, Step)}
+        self._carries = tuple(b for b in loop.bindings if isinstance(b, Carried))
+        self._reach = max(b.distance for b in self._carries)
+        self._keep_all = any(isinstance(r, Stacked) for r in loop.results)
+        self._wanted = frozenset(r.step for r in loop.results if isinstance(r, Step))
 
     def forward(self, *operands: Any) -> tuple[Any, ...]:
-        """Run until the state repeats and return the loop's results.
-
-        While gradients are recorded every step runs: the chain rule passes through all of them.
-        """
+        """Return the loop's results, and leave a :class:`Solution` in ``last``."""
         if torch.is_grad_enabled() and any(isinstance(o, torch.Tensor) and o.requires_grad for o in operands):
             self.last = Solution(self.loop.trip_count, Certificate.SEQUENTIAL)
-            results: tuple[Any, ...] = self.loop(*operands)
-            return results
-        return self._solve(operands)
-
-    def _solve(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(self.loop(*operands))
+        outputs: dict[int, Sequence[Any]] = {}
         trip_count = self.loop.trip_count
-        window: deque[Sequence[Any]] = deque(maxlen=self._depth)
-        kept: dict[int, Sequence[Any]] = {}  # outputs of the steps that a result names
-        stacks: dict[int, list[Any]] = {output: [] for output in self._stacked}
-        saved: tuple[int, list[Any], list[Sequence[Any]]] | None = None
-        previous: list[Any] | None = None
-        cycle: tuple[int, int, list[Sequence[Any]]] | None = None  # its start, its length, the outputs up to it
-        step = -1
-        for step in range(trip_count):
-            before = list(window)
-            outputs = self._step(operands, step, window)
-            if step in self._steps:
-                kept[step] = outputs
-            for output, values in stacks.items():
-                values.append(outputs[output])
-            window.append(outputs)
-            if len(window) < self._depth:
-                continue
-            state = [window[-back][output] for output, back in self._carried]
-            if previous is not None and _same(state, previous):
-                cycle = (step - 1, 1, before)
-                break
-            if saved is not None and _same(state, saved[1]):
-                cycle = (saved[0], step - saved[0], saved[2])
-                break
-            if (step + 1) & step == 0:  # a power of two
-                saved = (step, state, list(window))
-            previous = state
-        sweeps = step + 1
-        if cycle is None:
-            self.last = Solution(sweeps, Certificate.SEQUENTIAL, 0.0)
-        else:
-            sweeps += self._fill(operands, cycle, step, window[-1], kept)
-            for values in stacks.values():
-                start, length, _ = cycle
-                values.extend(values[_equivalent(s, start, length)] for s in range(step + 1, trip_count))
-            certificate = Certificate.REPEATED if cycle[1] == 1 else Certificate.CYCLED
-            self.last = Solution(sweeps, certificate, 0.0)
-        return tuple(
-            kept[result.step][result.output] if isinstance(result, Step) else torch.stack(stacks[result.output])
-            for result in self.loop.results
-        )
+        saved, saved_at = self._state(operands, outputs, 0), 0
+        before = saved
+        misses = next_check = 0
+        step = 0
+        while step < trip_count:
+            outputs[step] = self._evaluate(operands, outputs, step)
+            step += 1
+            state = self._state(operands, outputs, step)
+            if step < trip_count and step >= next_check:
+                start = step - 1 if _same_state(state, before) else saved_at if _same_state(state, saved) else None
+                if start is not None:
+                    return self._repeat(operands, outputs, start, step)
+                misses += 1
+                next_check = step + 1 + (0 if _on_cpu(state) else misses // _PATIENCE)
+            if step & (step - 1) == 0:
+                saved, saved_at = state, step
+            before = state
+            self._forget(outputs, step)
+        self.last = Solution(trip_count, Certificate.SEQUENTIAL)
+        return self._collect(outputs)
 
-    def _step(self, operands: Sequence[Any], step: int, window: deque[Sequence[Any]]) -> Sequence[Any]:
+    def _evaluate(self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> Sequence[Any]:
         arguments = []
         for binding in self.loop.bindings:
             if isinstance(binding, Carried):
-                early = step < binding.distance
-                arguments.append(
-                    operands[binding.init[step]] if early else window[-binding.distance][binding.output]
-                )
+                arguments.append(self._carried(binding, operands, outputs, step))
             else:
-                arguments.append(operands[binding.operand])  # type: ignore[union-attr] # nothing else: a fixed point
-        outputs: Sequence[Any] = self.loop.body(*arguments)
-        return outputs
+                arguments.append(operands[binding.operand])  # type: ignore[union-attr]
+        values: Sequence[Any] = self.loop.body(*arguments)
+        return values
 
-    def _fill(
-        self,
-        operands: Sequence[Any],
-        cycle: tuple[int, int, list[Sequence[Any]]],
-        step: int,
-        outputs: Sequence[Any],
-        kept: dict[int, Sequence[Any]],
-    ) -> int:
-        """Set ``kept`` for the named steps after ``step``; return how many steps had to be run again."""
-        start, length, up_to_start = cycle
-        wanted = {s: _equivalent(s, start, length) for s in self._steps if s > step}
-        if not wanted:
-            return 0
-        known = {step: outputs}
-        window = deque(up_to_start, maxlen=self._depth)
-        again = 0
-        if any(e != step for e in wanted.values()):
-            for each in range(start + 1, max(e for e in wanted.values()) + 1):
-                known[each] = self._step(operands, self._depth, window)
-                window.append(known[each])
-                again += 1
-        for s, equivalent in wanted.items():
-            kept[s] = known[equivalent]
-        return again
+    @staticmethod
+    def _carried(binding: Carried, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> Any:
+        before = step - binding.distance
+        return outputs[before][binding.output] if before >= 0 else operands[binding.init[step]]
+
+    def _state(self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> list[torch.Tensor]:
+        """All that the steps from ``step`` on read, the newest values first."""
+        return [
+            self._carried(binding, operands, outputs, step + ahead)
+            for binding in self._carries
+            for ahead in reversed(range(binding.distance))
+        ]
+
+    def _forget(self, outputs: dict[int, Sequence[Any]], step: int) -> None:
+        """Drop what neither a later step nor a result reads."""
+        old = step - self._reach - 1
+        if not self._keep_all and old >= 0 and old not in self._wanted:
+            del outputs[old]
+
+    def _repeat(
+        self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], start: int, step: int
+    ) -> tuple[Any, ...]:
+        """Return the results, knowing that the state before ``step`` is the state before ``start``."""
+        period, sweeps = step - start, step
+        for later in range(step, self.loop.trip_count) if self._keep_all else sorted(self._wanted):
+            same = later if later < step else start + (later - start) % period
+            if same not in outputs:
+                # It was dropped; the cycle's next round makes it again.
+                same += period
+                while sweeps <= same:
+                    outputs[sweeps] = self._evaluate(operands, outputs, sweeps)
+                    sweeps += 1
+            outputs[later] = outputs[same]
+        self.last = Solution(sweeps, Certificate.REPEATED if period == 1 else Certificate.CYCLED)
+        return self._collect(outputs)
+
+    def _collect(self, outputs: dict[int, Sequence[Any]]) -> tuple[Any, ...]:
+        results: list[Any] = []
+        for result in self.loop.results:
+            match result:
+                case Step(output, step):
+                    results.append(outputs[step][output])
+                case Stacked(output):
+                    results.append(torch.stack([outputs[t][output] for t in range(self.loop.trip_count)]))
+        return tuple(results)
 
     def extra_repr(self) -> str:
-        return f"method={self.method!r}, trip_count={self.loop.trip_count}"
+        """Show the trip count."""
+        return f"at most {self.loop.trip_count} steps"
 
 
-def _equivalent(step: int, start: int, length: int) -> int:
-    """The step in ``start + 1 .. start + length`` whose outputs are those of ``step``."""
-    return start + 1 + (step - start - 1) % length
+def _same_state(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
 
 
-def _same(state: Sequence[Any], other: Sequence[Any]) -> bool:
-    return all(same_bits(a, b) for a, b in zip(state, other, strict=True))
+def _on_cpu(state: Sequence[torch.Tensor]) -> bool:
+    return all(value.device.type == "cpu" for value in state)

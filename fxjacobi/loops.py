@@ -34,6 +34,7 @@ __all__ = [
     "Stacked",
     "Step",
     "Table",
+    "align_rows",
 ]
 
 
@@ -48,11 +49,17 @@ class Carried:
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """``operand.select(dim, indices[t])``: a slice of a tensor that is there before the loop starts."""
+    """``operand.select(dim, indices[t])``: a slice of a tensor that is there before the loop starts.
+
+    ``owned`` says that in the unrolled program the slice was a tensor with memory of its own, which the compiler has
+    stacked along ``dim=0``. Such a slice is aligned in memory as a new tensor is: the last bits of a small matrix
+    product depend on it (measured: 12 of 16 offsets of a float32 row differ, for up to 8 rows).
+    """
 
     operand: int
     dim: int
     indices: Sequence[int]
+    owned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,21 @@ class Stacked:
 
 
 Result: TypeAlias = Step | Stacked
+
+
+_ALIGNMENT = 64  # bytes: what torch's CPU allocator gives every tensor
+
+
+def align_rows(stack: torch.Tensor) -> torch.Tensor:
+    """Return ``stack`` ``(T, ...)``, or a copy of it, with dense rows that start at multiples of 64 bytes."""
+    row = stack[0].numel()
+    unit = max(1, _ALIGNMENT // stack.element_size())
+    dense = stack.stride(0) % unit == 0 and stack[0].is_contiguous()
+    if row == 0 or (dense and stack.storage_offset() % unit == 0):
+        return stack
+    padded = torch.empty(stack.shape[0], -(-row // unit) * unit, dtype=stack.dtype, device=stack.device)
+    rows = padded[:, :row].unflatten(1, stack.shape[1:]) if stack.dim() > 1 else padded[:, 0]
+    return rows.copy_(stack)
 
 
 class Kind(Enum):
@@ -150,6 +172,14 @@ class Loop(nn.Module):
                     arguments.append(operands[operand])
         return arguments
 
+    def align(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the operands with the rows of owned stacks aligned in memory as tensors of their own are."""
+        aligned = list(operands)
+        for binding in self.bindings:
+            if isinstance(binding, Scanned) and binding.owned:
+                aligned[binding.operand] = align_rows(aligned[binding.operand])
+        return tuple(aligned)
+
     def collect(self, outputs: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
         """Return the loop's results, given the body's outputs at every step."""
         results: list[Any] = []
@@ -163,6 +193,7 @@ class Loop(nn.Module):
 
     def forward(self, *operands: Any) -> tuple[Any, ...]:
         """Run the loop in order and return its results."""
+        operands = self.align(operands)
         outputs: list[Sequence[Any]] = []
         for step in range(self.trip_count):
             outputs.append(self.body(*self.bind(operands, step, outputs)))

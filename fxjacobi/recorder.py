@@ -18,7 +18,7 @@ from fxjacobi import ops
 from fxjacobi.aliasing import View, geometry_of, storage_key
 from fxjacobi.errors import CaptureError
 from fxjacobi.functional import functional_counterpart, mutation_of
-from fxjacobi.graph import Site, TensorSpec, spec_of_value
+from fxjacobi.graph import TensorSpec, spec_of_value
 from fxjacobi.memory import Memory, tensor_spec
 from fxjacobi.sites import SiteFinder
 
@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):
         self.overhead_s = 0.0
         self.memory = Memory(graph, attach, known, gradients, self.refuse)
         self.sites = SiteFinder()
-        self.mixed_grad_mode: Site | None = None
+        self.undifferentiable: str | None = None  # why an emitted module would not have the run's gradients
         self._grad_mode = torch.is_grad_enabled()
 
     # -- dispatch -------------------------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in _REFUSED:
             raise self.refuse(f"{_REFUSED[name]} ({func})", "use an out-of-place operation")
-        if self.gradients and torch.is_grad_enabled() != self._grad_mode and self.mixed_grad_mode is None:
-            self.mixed_grad_mode = self.memory.site
+        if self.gradients and torch.is_grad_enabled() != self._grad_mode and self.undifferentiable is None:
+            self.undifferentiable = f"gradients are switched inside the run at {self.memory.site}"
         mutation = mutation_of(func)
         if mutation is not None:
             self._save_before_write([args[p] for p in mutation.positions if p < len(args)])
@@ -364,6 +364,8 @@ class Recorder(TorchDispatchMode):
         """Batch normalisation in training mode updates its running statistics without its schema saying so."""
         if func is not aten.native_batch_norm.default:
             raise self.refuse(f"{func} updates running statistics below the dispatcher", "use eval mode")
+        if self.gradients:
+            self.undifferentiable = f"batch normalisation in training mode at {self.memory.site}"
         specs = (*(spec_of_value(item) for item in result), spec_of_value(args[3]), spec_of_value(args[4]))
         call = self.memory.emit(aten._native_batch_norm_legit_functional.default, nodes, {}, specs)
         for position, item in enumerate(result):

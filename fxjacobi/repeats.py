@@ -301,7 +301,7 @@ def classify(tape: Tape, repeat: Repeat) -> Dataflow:
     nodes = np.arange(start, repeat.stop).reshape(trips, period)
     sliced: dict[int, Sliced] = {}
     base = tape.select_base[nodes]
-    for position in np.flatnonzero((base == base[0]).all(axis=0) & (base[0] < start)).tolist():
+    for position in np.flatnonzero(np.all(base == base[0], axis=0) & (base[0] < start)).tolist():
         found = _sliced(tape, nodes[:, position], start)
         if found is not None:
             sliced[position] = found

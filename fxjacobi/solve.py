@@ -104,6 +104,7 @@ class _Trace:
     def __init__(self, patience: int | None) -> None:
         self.patience = patience
         self.prefixes: list[int] = []
+        self.stalled = False
         self._best = math.inf
         self._since = 0
         self._from = 0
@@ -111,13 +112,12 @@ class _Trace:
     def add(self, iterate: Iterate) -> None:
         self.prefixes.append(iterate.prefix)
         self._since += 1
-        # Twice as many steps as sweeps is what makes a sweep worth more than running the steps in order.
-        if iterate.update <= self._best / 2 or iterate.prefix - self._from > 2 * self._since + 2 * (self.patience or 0):
-            self._best, self._since, self._from = min(self._best, iterate.update), 0, iterate.prefix
-
-    @property
-    def stalled(self) -> bool:
-        return self.patience is not None and self._since >= self.patience
+        if iterate.update <= self._best / 2:
+            self._best, self._since, self._from = iterate.update, 0, iterate.prefix
+        elif self.patience is not None and self._since >= self.patience:
+            # A sweep that makes fewer than two steps final is worth less than running these steps in order.
+            self.stalled = iterate.prefix - self._from <= 2 * self._since
+            self._since, self._from = 0, iterate.prefix
 
 
 def _checked(system: System, method: Method, iterate: Iterate, contract: Contract, prefixes: tuple[int, ...]) -> Solved:
@@ -138,12 +138,12 @@ def _checked(system: System, method: Method, iterate: Iterate, contract: Contrac
     others = {o: outputs[o] for o in system.others}
     floor = floors(values, contract)
     residuals = units(values, states, contract)
-    holds = residuals <= torch.maximum(floor, torch.ones_like(floor))
-    if finished and bool(holds.all()) and _agrees_with_body(system, states):
+    holds = (residuals <= torch.maximum(floor, torch.ones_like(floor))).cpu()
+    if finished and bool(holds.all()) and _agrees_with_body(system, states, values, system.steps):
         certificate = Certificate.SCANNED if isinstance(method, Affine) else Certificate.RESIDUAL
         return Solved(states, others, Solution(sweeps, certificate, _relative(values, states), prefixes))
-    prefix = min(system.steps, leading((residuals <= floor).cpu()))
-    if not _agrees_with_body(system, states):
+    prefix = min(iterate.prefix, leading(holds))
+    if not _agrees_with_body(system, states, values, prefix):
         prefix = 0
     logger.info("%s: completing in order from step %d of %d", method.name, prefix, system.steps)
     record = Solution(sweeps, Certificate.FELL_BACK, _relative(values, states, prefix), prefixes)
@@ -166,13 +166,20 @@ def _relative(values: States, states: States, stop: int | None = None) -> float:
     return float(ratios.amax())
 
 
-def _agrees_with_body(system: System, states: States) -> bool:
-    """Whether the body itself, run on single steps, gives what batching gave: at the first, middle and last step."""
-    loose = Contract(rtol=math.sqrt(max(torch.finfo(s.dtype).eps for s in states if s.is_floating_point())))
-    for step in sorted({0, system.steps // 2, system.steps - 1}):
-        alone = system.pick(system.alone(states, step))
-        if bool(
-            (units(tuple(a.unsqueeze(0) for a in alone), tuple(s[step : step + 1] for s in states), loose) > 1).any()
-        ):
+def _agrees_with_body(system: System, states: States, values: States, stop: int) -> bool:
+    """Whether the body itself, run on single steps, gives what batching gave: at the first, middle and last before ``stop``."""
+    sizes = [0.0]
+    roots = [0.0]
+    for value in values:
+        if value.is_floating_point() or value.is_complex():
+            size = value.abs()
+            sizes.append(float(torch.where(torch.isfinite(size), size, torch.zeros_like(size)).amax()))
+            roots.append(math.sqrt(torch.finfo(value.dtype).eps))
+    loose = Contract(rtol=max(roots), atol=max(roots) * max(sizes))
+    for step in sorted({0, stop // 2, stop - 1} if stop else ()):
+        alone = tuple(value.unsqueeze(0) for value in system.pick(system.alone(states, step)))
+        batched = tuple(value[step : step + 1] for value in values)
+        if bool((units(alone, batched, loose) > 1).any()):
+            logger.warning("evaluating many steps at once does not give what the body gives; running in order")
             return False
     return True

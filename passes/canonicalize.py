@@ -215,7 +215,7 @@ class _Canonicalizer:
         return self.read(node, source, dim, position % size if size else position)
 
     def slice(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
-        source, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+        source, dim, start, stop, step = _filled(args, 1)
         if not all(item is None or type(item) is int for item in (dim, start, stop, step)):
             return None
         size = tensor(source).shape[dim]
@@ -314,7 +314,7 @@ class _Canonicalizer:
         return self.scatter(node, base, value, dim, position)
 
     def slice_scatter(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
-        base, value, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 2 :])
+        base, value, dim, start, stop, step = _filled(args, 2)
         if not all(item is None or type(item) is int for item in (dim, start, stop, step)):
             return None
         return self.scatter(node, base, value, dim, slice(start, stop, step).indices(tensor(base).shape[dim]))
@@ -395,7 +395,13 @@ def _within(read: Region, written: Region) -> Region:
     return tuple(region)
 
 
+def _filled(args: tuple[Any, ...], leading: int) -> tuple[Any, ...]:
+    """The arguments of a slice with its defaults, ``leading`` of them before the dimension."""
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    return args + defaults[len(args) - leading :]
+
+
 def _slice_args(node: fx.Node) -> tuple[fx.Node, int, int, int, int]:
     """A canonical slice's tensor, dimension, start, stop and step."""
-    source, dim, start, stop, step = (*node.args, *[1] * (5 - len(node.args)))
-    return source, dim, start, stop, step  # type: ignore[return-value]
+    source, dim, start, stop, step = _filled(node.args, 1)
+    return source, dim, start, stop, step

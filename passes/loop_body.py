@@ -128,7 +128,7 @@ class LoopBody:
                 if through is None:
                     binding = Table(tuple(map(self.operand, references)))
                 else:
-                    binding = Scanned(self.operand(through[0]), 0, through[1])
+                    binding = Scanned(self.operand(through[0]), 0, through[1], owned=True)
             case Invariant(reference):
                 source = self.tape.node(reference)
                 name, spec = source.name, spec_of(source)

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
-from fxjacobi.layouts import contiguous_strides, dense, is_contiguous
+from fxjacobi.layouts import dense, is_contiguous
 from fxjacobi.loops import Loop, Result, Stacked, Step
 from fxjacobi.passes.assemble import assemble
 from fxjacobi.passes.base import Pass, PassResult
@@ -73,9 +73,7 @@ def roll_loops(
     """Return ``module`` with its repeats rolled (see :class:`RollLoops`), or ``module`` itself if it has none."""
 
     def roll_body(body: fx.GraphModule) -> fx.GraphModule:
-        return roll_loops(
-            body, minimum_trips=minimum_trips, minimum_nodes=minimum_nodes, inline=inline, is_body=True
-        )
+        return roll_loops(body, minimum_trips=minimum_trips, minimum_nodes=minimum_nodes, inline=inline, is_body=True)
 
     while True:
         tape = tabulate(module)
@@ -301,8 +299,9 @@ class _Roller:
                 parts.append(self.emit_run(piece, dim, site, stack=stack))
             elif stack:
                 value = self.value(piece)
-                shape, strides = spec.shape[:dim] + (1,) + spec.shape[dim + 1 :], contiguous_strides(spec.shape)
-                parts.append(self.emit(_aten.unsqueeze.default, (value, dim), dense(spec, shape, strides), site))
+                shape = (*spec.shape[:dim], 1, *spec.shape[dim + 1 :])
+                made = self.emit(_aten.unsqueeze.default, (value, dim), dense(spec, shape), site)
+                parts.append(made)
             else:
                 parts.append(self.value(piece))
         return parts[0] if len(parts) == 1 else self.emit(_aten.cat.default, (parts, dim), spec, site)

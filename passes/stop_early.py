@@ -1,55 +1,45 @@
-"""stop_early: a loop in which nothing changes but its state ends at the first exact repeat of that state.
+"""stop_early: a loop that applies one function again and again stops when its state comes back.
 
-Fires on every loop of :attr:`fxjacobi.loops.Kind.FIXED_POINT` (after split_components: one component, every binding
-a carry or an invariant). Must not fire on a loop with anything per step: its state may repeat and move on. ::
+Fires on every loop of :attr:`fxjacobi.loops.Kind.FIXED_POINT` (carries and invariants only) of at least two steps,
+loops in bodies and submodules included::
 
-    before                          after
-    loop_0 = self.loop_0(x0, y)     loop_0 = self.loop_0(x0, y)     # a FixedPoint, same operands and results
+    before                                            after
+    fixed_point_0 = self.fixed_point_0(w, x)          the same call, of a FixedPoint
+
+Must not fire where anything else changes from step to step (a scan, a table, a literal), nor on bodies with effects.
+No proof is needed: a state that repeats bit for bit repeats for ever.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import fx
-
+from fxjacobi.equations import is_effect
 from fxjacobi.fixed_point import FixedPoint
-from fxjacobi.graph import is_random
 from fxjacobi.loops import Kind, Loop
-from fxjacobi.ops import GUARDS
-from fxjacobi.passes.assemble import assemble
 from fxjacobi.passes.base import Pass, PassResult
+from fxjacobi.passes.replace_blocks import replace_blocks
 
-__all__ = ["StopEarly", "stop_early"]
+if TYPE_CHECKING:
+    from torch import fx
 
-
-def stop_early(module: fx.GraphModule) -> fx.GraphModule:
-    """Return ``module`` with its fixed-point loops replaced by :class:`fxjacobi.fixed_point.FixedPoint`."""
-    new = {
-        name: FixedPoint(child)
-        for name, child in module.named_children()
-        if isinstance(child, Loop) and child.kind is Kind.FIXED_POINT and _is_pure(child.body)
-    }
-    if not new:
-        return module
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    return assemble(graph, module, new)
+__all__ = ["StopEarly"]
 
 
-def _is_pure(body: fx.GraphModule) -> bool:
-    return not any(is_random(node) or node.target in GUARDS for node in body.graph.nodes)
+def _stops(loop: Loop, node: fx.Node) -> Loop | FixedPoint:
+    effects = any(is_effect(inner) for inner in loop.body.graph.nodes if inner.op != "output")
+    if loop.kind is Kind.FIXED_POINT and loop.trip_count >= 2 and not effects:
+        return FixedPoint(loop)
+    return loop
 
 
 @dataclass(frozen=True)
 class StopEarly(Pass):
-    """See the module's docstring."""
+    """Fixed-point iterations stop at the first exact repeat of their state."""
 
     name: ClassVar[str] = "stop_early"
 
     def apply(self, module: fx.GraphModule) -> PassResult:
-        result = stop_early(module)
-        return PassResult(result, result is not module)
+        """Wrap every fixed-point loop."""
+        return replace_blocks(module, _stops)

@@ -131,6 +131,8 @@ class WriteHistory:
 
     def part(self, source: fx.Node, rank: int, dim: int, entry: int | tuple[int, int, int]) -> tuple[fx.Node, Region] | None:
         """The version and region that ``source`` at ``entry`` of its dimension ``dim`` is, if of a written array."""
+        root: fx.Node
+        region: Region
         if source in self._chains:
             root, region = source, (None,) * rank
         elif source in self._parts:

@@ -26,11 +26,11 @@ __all__ = [
     "units",
 ]
 
-ROUNDING = 4.0
+ROUNDING = 8.0
 """Multiples of the machine epsilon by which one evaluation in another order of rounding may differ."""
 
 # Below this many epsilons an update is mostly rounding, and the ratio of two of them says nothing.
-_SIGNAL = 16.0
+_SIGNAL = 32.0
 
 
 def changed_steps(new: States, old: States) -> torch.Tensor:

@@ -81,5 +81,5 @@ def sweep(system: System, iterate: Iterate, contract: Contract, stop: int, seen:
     if prefix == system.steps:
         update = 0.0
     elif stop < system.steps:
-        update = math.inf if contract.exact else max(update, 1.0 + 1e-9)
+        update = max(update, 1.0 + 1e-9)  # the steps behind the window are not solved yet
     return replace(iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains)

@@ -132,7 +132,7 @@ class Program:
         with torch.set_grad_enabled(self.grad):
             return self.build()(*(arguments or self.make_args()))
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002 - the protocol of IPython.lib.pretty
         # Hypothesis prints a falsifying example through this; it would print the dataclass's fields otherwise.
         printer.text(repr(self))
 

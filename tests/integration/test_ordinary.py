@@ -88,7 +88,10 @@ def test_gradients_are_the_ordinary_ones(case: Case) -> None:
             assert a.requires_grad == b.requires_grad
         if not any(b.requires_grad for b in wanted):
             continue
-        sum((b.real.sum() for b in wanted if b.requires_grad), start=torch.zeros(())).backward()
+        try:
+            sum((b.real.sum() for b in wanted if b.requires_grad), start=torch.zeros(())).backward()
+        except RuntimeError:
+            pytest.skip("the ordinary run writes over what its own backward needs")
         sum((a.real.sum() for a in found if a.requires_grad), start=torch.zeros(())).backward()
         for a, b in zip(second, first, strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -64,9 +64,7 @@ def graph_of(loop: Loop, operands: Sequence[torch.Tensor]) -> fx.GraphModule:
     specs = spec_of_value(loop(*operands))
     assert isinstance(specs, tuple)
     node = stamp(graph.call_module("loop_0", tuple(inputs)), specs)
-    graph.output(
-        tuple(stamp(graph.call_function(operator.getitem, (node, i)), spec) for i, spec in enumerate(specs))
-    )
+    graph.output(tuple(stamp(graph.call_function(operator.getitem, (node, i)), spec) for i, spec in enumerate(specs)))
     return fx.GraphModule({"loop_0": loop}, graph)
 
 

@@ -73,7 +73,9 @@ def test_maps_before_and_after_a_recurrence() -> None:
     )
     module = split(loop, xs, w, h0)
     assert kinds(module) == [Kind.MAP, Kind.RECURRENCE, Kind.MAP]
-    assert [sorted(str(n.target) for n in b.body.graph.nodes if n.op == "call_function") for b in block_loops(module)] == [
+    assert [
+        sorted(str(n.target) for n in b.body.graph.nodes if n.op == "call_function") for b in block_loops(module)
+    ] == [
         ["aten.mm.default", "aten.tanh.default"],
         ["aten.add.Tensor", "aten.sigmoid.default"],
         ["aten.exp.default"],
@@ -174,9 +176,7 @@ def test_a_light_view_is_recomputed_and_a_heavy_one_kept() -> None:
         row = aten.select.int(new, 0, 5)
         return (gates, aten.exp.default(operator.getitem(halves, 1)), new, aten.exp.default(row))
 
-    loop = make_loop(
-        body, 6, [Carried(0, 1, (0,)), Carried(2, 1, (1,))], [Stacked(1), Stacked(3)], [h0, big]
-    )
+    loop = make_loop(body, 6, [Carried(0, 1, (0,)), Carried(2, 1, (1,))], [Stacked(1), Stacked(3)], [h0, big])
     module = split(loop, h0, big)
     blocks = block_loops(module)
     targets = [[n.target for n in b.body.graph.nodes if n.op == "call_function"] for b in blocks]
@@ -234,8 +234,11 @@ def test_inner_loops_are_split_first() -> None:
     graph.output((graph.call_function(aten.add.Tensor, (first, total)),))
     operands = [xs, h0, v]
     loop = make_loop(
-        fx.GraphModule({"inner": inner}, graph), 3, [Carried(0, 1, (1,)), Scanned(0, 0, range(3)), Invariant(2)],
-        [Step(0, 2)], operands,
+        fx.GraphModule({"inner": inner}, graph),
+        3,
+        [Carried(0, 1, (1,)), Scanned(0, 0, range(3)), Invariant(2)],
+        [Step(0, 2)],
+        operands,
     )
     module = split(loop, *operands)
     blocks = block_loops(module)
@@ -268,7 +271,9 @@ def test_dead_results_are_dropped_and_tuples_may_not_leak() -> None:
 def test_random_bodies_stay_whole() -> None:
     h0 = torch.randn(3)
     torch.manual_seed(0)
-    loop = make_loop(lambda h: (aten.add.Tensor(h, aten.rand_like.default(h)),), 3, [Carried(0, 1, (0,))], [Step(0, 2)], [h0])
+    loop = make_loop(
+        lambda h: (aten.add.Tensor(h, aten.rand_like.default(h)),), 3, [Carried(0, 1, (0,))], [Step(0, 2)], [h0]
+    )
     assert "random" in refusal(loop)
     result = SplitComponents().run(graph_of(loop, [h0]))
     assert not result.modified

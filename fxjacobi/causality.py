@@ -1,0 +1,342 @@
+"""Causality: one evaluation of a sampling loop's network serves all its steps, or the reason why not.
+
+    for t in range(T):  X[p_t] = v_t(G(X), noise_t)         X: (B, ...), p_t: the positions that step t writes
+
+has the sequential answer as the fixed point of ``X = write(G(X))`` if, for every t, the value written at step t
+depends on positions written before step t only. Positions written at step t have rank t, all others -1; an abstract
+interpretation of the body finds the largest rank that each element of each tensor may depend on
+(:mod:`fxjacobi.causal_rules`), at about the cost of one evaluation. The loop is causal if
+
+    rank(v_t) < t                                           for every t
+
+(With K writes a step, the k-th of step t is equation ``t * K + k``, and a read of the array between two writes may
+depend on the equations before it.) This is the triangular structure of arXiv 2002.03629, section 3, found in the graph
+instead of being known beforehand.
+
+It must not be used without :mod:`fxjacobi.sampling`: a proof that removes a dependence by an exact zero holds for finite
+values only, and the solver checks that at run time on the nodes named in ``CausalityProof.kills``.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxjacobi.array_loop import ArrayLoop, NotAnArrayLoop, array_loop
+from fxjacobi.causal_rules.blame import blame
+from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, squash, unknown
+from fxjacobi.causal_rules.interpreter import interpret
+from fxjacobi.causal_rules.registry import Context, tensors_in
+from fxjacobi.graph import TensorSpec, site_of, spec_of
+from fxjacobi.loops import Invariant, Literal, Loop, Scanned, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import fx
+
+__all__ = ["CausalityProof", "Refusal", "UnknownOp", "prove"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownOp:
+    """An operation without a rule: everything after it is taken to depend on everything.
+
+    Args:
+        node: Its name in the body.
+        op: The operation.
+        site: The user's file and line, if known.
+    """
+
+    node: str
+    op: str
+    site: str
+
+
+@dataclass(frozen=True, eq=False)
+class CausalityProof:
+    """Every equation depends on earlier equations only.
+
+    Args:
+        structure: The loop, taken apart.
+        position_ranks: ``int32`` of the array's shape: the equation that writes an element, or -1.
+        ranks: For each node of the network, by name, the largest equation that each element depends on.
+        step_ranks: For each equation, the largest equation that its value depends on.
+        kills: Nodes at which an absorbing constant (``0 * x``) removed a dependence: their outputs must not be NaN.
+        reads: Names of the constants (masks, zero weights) that the proof rests on; it holds while they are unchanged.
+        unknown_ops: Operations without a rule that the proof could do without.
+    """
+
+    structure: ArrayLoop
+    position_ranks: torch.Tensor
+    ranks: dict[str, torch.Tensor]
+    step_ranks: tuple[int, ...]
+    kills: tuple[str, ...]
+    reads: frozenset[str]
+    unknown_ops: tuple[UnknownOp, ...]
+
+    @property
+    def depth(self) -> int:
+        """Length of the longest chain of equations: after this many sweeps, Jacobi is done whatever the values."""
+        depths: list[int] = []
+        longest: list[int] = []  # running maximum: depending on rank r may mean on all up to r
+        for rank in self.step_ranks:
+            depths.append(1 if rank < 0 else longest[rank] + 1)
+            longest.append(max(depths[-1], longest[-1] if longest else 0))
+        return longest[-1]
+
+    def __str__(self) -> str:
+        rests = f", resting on {', '.join(sorted(self.reads))}" if self.reads else ""
+        return f"each of the {len(self.step_ranks)} values written depends on values written before it only{rests}"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a loop is not collapsed.
+
+    Args:
+        reason: A sentence.
+        element: Index of the first element of the array whose value depends on what is not written yet, or ``None``.
+        step: The step that writes it.
+        rank: The latest equation that it may depend on.
+        node: The node that brought in the dependence.
+        op: Its operation.
+        site: The user's file and line.
+        unknown_ops: Operations without a rule, each taken to depend on everything.
+    """
+
+    reason: str
+    element: tuple[int, ...] | None = None
+    step: int | None = None
+    rank: int | None = None
+    node: str | None = None
+    op: str | None = None
+    site: str | None = None
+    unknown_ops: tuple[UnknownOp, ...] = ()
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def prove(loop: Loop, operands: Sequence[Value] | None = None) -> CausalityProof | Refusal:
+    """Prove that each value that ``loop`` writes depends on earlier writes only, or say what breaks it.
+
+    Args:
+        loop: A loop whose only carry is an array that the body writes in part, for example
+            ``x' = write(x, f(net(x)[:, t], noise_t), (None, t))``.
+        operands: Abstract values of the loop's operands, known where they are constants
+            (:func:`fxjacobi.causal_rules.interpreter.operand_value`); ``None``: nothing is known of them.
+    """
+    try:
+        structure = array_loop(loop)
+        return _Analysis(structure, operands).run()
+    except NotAnArrayLoop as reason:
+        return Refusal(str(reason))
+
+
+@dataclass
+class _Analysis:
+    """The analysis of one loop."""
+
+    structure: ArrayLoop
+    operands: Sequence[Value] | None
+    ranks: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def run(self) -> CausalityProof | Refusal:
+        structure = self.structure
+        position_ranks = structure.ranks()
+        count = len(structure.writes)
+        # Reads of each version are held to the equations before it, in a run of their own.
+        read = {structure.versions[node] for node in structure.versions if self._is_read(node)}
+        context = Context(structure.equations - 1)
+        step_ranks = torch.full((structure.equations,), NOTHING, dtype=torch.int64)
+        for version in sorted(read):
+            refusal = self._run_version(context, version, position_ranks, step_ranks)
+            if refusal is not None:
+                return refusal
+        _log.debug("causal: %d equations, %d a step", structure.equations, count)
+        return CausalityProof(
+            structure=structure,
+            position_ranks=position_ranks,
+            ranks=self.ranks,
+            step_ranks=tuple(int(rank) for rank in step_ranks),
+            kills=tuple(node.name for node in structure.loop.body.graph.nodes if node in context.kills),
+            reads=frozenset(context.reads),
+            unknown_ops=_named(context),
+        )
+
+    def _is_read(self, version: fx.Node) -> bool:
+        """Whether the network or the tail reads this version (and not only the next write)."""
+        structure = self.structure
+        outside = {write.node for write in structure.writes}
+        if version in structure.ends:
+            return True
+        return any(
+            access.source is version for access in structure.accesses.values()
+        ) or any(user not in outside and user.op != "output" for user in version.users)
+
+    def _placeholders(self, version: int, position_ranks: torch.Tensor) -> dict[fx.Node, Value]:
+        """Return what is known of the array's versions and of what is the same at every step."""
+        structure = self.structure
+        values: dict[fx.Node, Value] = {}
+        blank = torch.tensor(NOTHING, dtype=torch.int32).expand(position_ranks.shape)
+        for node, number in structure.versions.items():
+            values[node] = Abstract(_constant_dims(position_ranks) if number == version else blank)
+        for node, binding in structure.bindings.items():
+            if isinstance(binding, Invariant):
+                spec = spec_of(node)
+                if self.operands is not None:
+                    values[node] = self.operands[binding.operand]
+                else:
+                    values[node] = unknown(spec.shape) if isinstance(spec, TensorSpec) else None
+        return values
+
+    def _run_version(
+        self, context: Context, version: int, position_ranks: torch.Tensor, step_ranks: torch.Tensor
+    ) -> Refusal | None:
+        structure = self.structure
+        env = interpret(context, structure.loop.body, self._placeholders(version, position_ranks))
+        for node in structure.touched:
+            if node in env and version == 0:
+                for number, tensor in enumerate(tensors_in(env[node])):
+                    name = node.name if isinstance(env[node], Abstract) else f"{node.name}[{number}]"
+                    self.ranks[name] = tensor.rank
+        count = len(structure.writes)
+        clocks = torch.arange(structure.trip_count, dtype=torch.int64) * count + version
+        for order, end in enumerate(structure.ends):
+            bound = self._bound(env, end, version, clocks)
+            broken = (bound >= clocks).nonzero()[:, 0].tolist()
+            for step in broken:
+                exact = self._exact(context, env, end, version, step, int(clocks[step]))
+                bound[step] = exact.highest
+                if exact.highest >= int(clocks[step]):
+                    return self._refuse(context, env, end, order, step, version, exact)
+            if order < count and end is structure.writes[order].value:
+                step_ranks[order::count] = torch.maximum(step_ranks[order::count], bound)
+        return None
+
+    def _bound(self, env: dict[fx.Node, Value], end: fx.Node, version: int, clocks: torch.Tensor) -> torch.Tensor:
+        """Return, for each step, the highest rank among all that ``end`` rests on."""
+        structure = self.structure
+        bound = torch.full((structure.trip_count,), NOTHING, dtype=torch.int64)
+        for used in structure.uses(end):
+            if used in structure.accesses:
+                bound = torch.maximum(bound, self._accessed(env, used, clocks).flatten(1).amax(1).to(torch.int64))
+            elif used in env:
+                highest = max((tensor.highest for tensor in tensors_in(env[used])), default=NOTHING)
+                bound = torch.clamp(bound, min=highest)
+        return bound
+
+    def _accessed(self, env: dict[fx.Node, Value], node: fx.Node, clocks: torch.Tensor) -> torch.Tensor:
+        """Return the ranks of what each step selects, ``(T, *shape)``."""
+        access = self.structure.accesses[node]
+        source = env[access.source]
+        assert isinstance(source, Abstract)
+        rank = source.rank.reshape(-1)[access.positions]
+        if access.source in self.structure.versions:
+            # An element that is not written yet holds what it held before the loop.
+            late = rank >= clocks.reshape(-1, *[1] * (rank.dim() - 1))
+            rank = torch.where(late, NOTHING, rank)
+        return rank if rank.numel() else torch.full((len(rank), 1), NOTHING)
+
+    def _exact(
+        self, context: Context, env: dict[fx.Node, Value], end: fx.Node, version: int, step: int, clock: int
+    ) -> Abstract:
+        """Interpret the tail at one step, element by element."""
+        structure = self.structure
+        values = dict(env)
+        clocks = torch.tensor([clock])
+        for node, access in structure.accesses.items():
+            source = env[access.source]
+            assert isinstance(source, Abstract)
+            here = access.positions[step]
+            rank = source.rank.reshape(-1)[here]
+            if access.source in structure.versions:
+                rank = torch.where(rank >= clocks, NOTHING, rank)
+            if source.known is None or source.value is None:
+                values[node] = Abstract(rank)
+            else:
+                known, value = source.known.reshape(-1)[here], source.value.reshape(-1)[here.to(source.value.device)]
+                values[node] = Abstract(rank, known, value, source.sources)
+        for node, binding in structure.bindings.items():
+            match binding:
+                case Literal(literals):
+                    values[node] = literals[step]
+                case Scanned():
+                    values[node] = _blank(node)
+                case Table(operands):
+                    values[node] = self.operands[operands[step]] if self.operands is not None else _blank(node)
+        # Absorbing constants inside the tail are not watched at run time, so they may not remove anything.
+        inner = Context(context.top, may_kill=False, reads=context.reads, unknown_ops=context.unknown_ops)
+        result = interpret(inner, structure.loop.body, values).get(end)
+        if isinstance(result, Abstract):
+            return result
+        highest = max((tensor.highest for tensor in tensors_in(result)), default=NOTHING)
+        return unknown((), highest)
+
+    def _refuse(
+        self,
+        context: Context,
+        env: dict[fx.Node, Value],
+        end: fx.Node,
+        order: int,
+        step: int,
+        version: int,
+        exact: Abstract,
+    ) -> Refusal:
+        structure = self.structure
+        count = len(structure.writes)
+        clock = step * count + version
+        rank = exact.highest
+        worst = int((exact.rank >= clock).reshape(-1).nonzero()[0]) if exact.rank.numel() else 0
+        element = None
+        what = f"an output of the loop ({end})"
+        if order < count:
+            write = structure.writes[order]
+            positions = write.positions[step]
+            if exact.shape != tuple(positions.shape):
+                spread = torch.broadcast_to(exact.rank, positions.shape).reshape(-1)
+                worst = int((spread >= clock).nonzero()[0])
+            element = tuple(int(i) for i in torch.unravel_index(positions.reshape(-1)[worst], structure.array_spec.shape))
+            what = f"element {list(element)} of the array"
+        elif any(end in guard.args for guard in structure.guards):
+            what = f"the branch on {end}"
+        culprit = blame(context, structure, env, end, step, clock, rank)
+        site = str(site_of(culprit) or "")
+        unknown_ops = _named(context)
+        names = "; operations without a rule: " + ", ".join(one.op for one in unknown_ops) if unknown_ops else ""
+        where = f" at {site}" if site else ""
+        when = "itself" if rank == clock else f"step {rank // count}"
+        return Refusal(
+            reason=f"{what}, written at step {step}, depends on {when} through {culprit.target} ({culprit.name}){where}{names}",
+            element=element,
+            step=step,
+            rank=rank,
+            node=culprit.name,
+            op=str(culprit.target),
+            site=site or None,
+            unknown_ops=unknown_ops,
+        )
+
+
+def _blank(node: fx.Node) -> Value:
+    spec = spec_of(node)
+    return unknown(spec.shape) if isinstance(spec, TensorSpec) else None
+
+
+def _constant_dims(rank: torch.Tensor) -> torch.Tensor:
+    """Give the dimensions along which ranks are all equal (the batch) stride 0."""
+    small = rank
+    for dim in range(rank.dim()):
+        if small.shape[dim] > 1 and bool((small == small.narrow(dim, 0, 1)).all()):
+            small = small.narrow(dim, 0, 1)
+    return squash(small).expand(rank.shape)
+
+
+def _named(context: Context) -> tuple[UnknownOp, ...]:
+    return tuple(UnknownOp(node.name, op, str(site_of(node) or "")) for node, op in context.unknown_ops.items())

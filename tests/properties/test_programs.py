@@ -1,0 +1,63 @@
+"""Whole generated programs: compiled output equals ordinary output, element by element, and plans are well formed."""
+
+from __future__ import annotations
+
+import networkx as nx
+import pytest
+import torch
+from hypothesis import event, given, note
+
+import fxjacobi
+from fxjacobi.plan import BlockPlan, Plan
+from fxjacobi.testing import Program, assert_equivalent, programs
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise ``AssertionError`` unless names are unique, each node is in one block and the order is topological."""
+    names = [block.name for block in plan.blocks]
+    assert len(set(names)) == len(names), f"two blocks of one name: {names}"
+    nodes = [node for block in plan.blocks for node in block.nodes]
+    assert len(set(nodes)) == len(nodes), f"a node in two blocks: {nodes}"
+    place = {name: position for position, name in enumerate(names)}
+    for producer, consumer in plan.edges:
+        assert place[producer] < place[consumer], f"{producer} comes after {consumer}, which reads it"
+    assert nx.is_directed_acyclic_graph(plan.to_networkx())
+    assert all(block.equations >= 1 for block in plan.blocks)
+    assert all(block.reason for block in plan.blocks), "a block without a reason"
+    assert plan.reason
+
+
+@given(programs())
+def test_compiled_programs_equal_the_ordinary_run(program: Program) -> None:
+    model = program.build()
+    compiled = fxjacobi.compile(model)
+    with torch.set_grad_enabled(program.grad):
+        # The recorded call, then fresh arguments twice.
+        for seed in range(3):
+            assert_equivalent(
+                compiled,
+                model,
+                lambda seed=seed: program.make_args(seed),
+                seed=seed,
+                gradients=1e-2 if program.grad and torch.bfloat16 not in {a.dtype for a in program.arguments} else None,
+            )
+            note(str(compiled.plan))
+            check_plan(compiled.plan)
+    event("solved" if compiled.plan.solved else "original")
+
+
+def block(name: str, *nodes: str) -> BlockPlan:
+    return BlockPlan(name, None, "straight", 1, 1, "outside any loop", nodes=nodes)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan((block("a", "x"), block("b", "x")), (), True, "gains"), "a node in two blocks"),
+        (Plan((block("a"), block("a")), (), True, "gains"), "two blocks of one name"),
+        (Plan((block("a"), block("b")), (("b", "a"),), True, "gains"), "comes after"),
+    ],
+)
+def test_a_planted_violation_of_the_plan_is_caught(plan: Plan, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_plan(plan)
