@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everybody gives it
-from digits import digits, tokens
+from digits import strokes, tokens
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from training import fit
@@ -158,9 +158,9 @@ def cross_entropy(model: PixelTransformer, x: Tensor) -> Tensor:
 
 
 def train(model: PixelTransformer, steps: int = 700, batch: int = 8, seed: int = 0) -> list[float]:
-    """Train on the digits' tokens; the losses."""
+    """Train on the digits' strokes as tokens; the losses."""
     side = int(model.length**0.5)
-    data = tokens(digits(side), model.levels).flatten(1).to(model.position.device)
+    data = tokens(strokes(side), model.levels).flatten(1).to(model.position.device)
     return fit(model, lambda x: cross_entropy(model, x), data, steps=steps, batch=batch, rate=3e-3, seed=seed)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everybody gives it
-from digits import digits, signed
+from digits import signed, strokes
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from training import fit
@@ -268,8 +268,8 @@ def sample(model: PixelCNNpp, n: int, size: int = 28) -> Tensor:
 
 
 def train(model: PixelCNNpp, steps: int = 700, batch: int = 16, seed: int = 0) -> list[float]:
-    """Train on the digits at 28x28; the losses, in bits per dimension."""
-    images = signed(digits()).unsqueeze(1).to(next(model.parameters()).device)
+    """Train on the digits' strokes at 28x28; the losses, in bits per dimension."""
+    images = signed(strokes()).unsqueeze(1).to(next(model.parameters()).device)
     return fit(
         model,
         lambda x: negative_log_likelihood(model, x),

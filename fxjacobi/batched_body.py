@@ -115,7 +115,8 @@ class _Mapped:
         self._traced: fx.GraphModule | None = None
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:
-        if self._traced is not None:
+        plain = not torch.is_grad_enabled() and _functorch.peek_interpreter_stack() is None
+        if self._traced is not None and plain:
             return self._traced.forward(*(a for a in arguments if isinstance(a, torch.Tensor)))  # type: ignore[no-any-return]
         tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
         dims = tuple(
@@ -128,7 +129,6 @@ class _Mapped:
 
         mapped: Callable[..., Any] = torch.func.vmap(of_tensors, dims) if any(d == 0 for d in dims) else of_tensors
         self._calls += 1
-        plain = not torch.is_grad_enabled() and _functorch.peek_interpreter_stack() is None
         if self._calls >= 2 and plain:
             self._traced = make_fx(mapped)(*tensors)
             self._traced.graph.eliminate_dead_code()

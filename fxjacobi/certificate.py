@@ -12,6 +12,7 @@ class Certificate(Enum):
     """The reason, as a sentence, for which the values that a solve returned are the answer."""
 
     SEQUENTIAL = "every step was run in the ordinary order"
+    INDEPENDENT = "the equations do not depend on one another, so one batched evaluation is the answer"
     REPEATED = "a sweep changed nothing, so the iterate is the sequential answer"
     CYCLED = "an earlier state came back bit for bit, so all later states are known"
     EXACT_PREFIX = "the exact prefix reached the last equation"

@@ -57,6 +57,13 @@ def specialise(
     after = RandomState.save()
     try:
         specialisation = _Compilation(fn, args, kwargs, recorded.capture, options, state, tensors).run()
+    except Exception as error:  # the user's run is done and right; a fault of the compiler must not take it away
+        if options.strict:
+            raise
+        reason = f"fxjacobi could not compile it ({type(error).__name__}: {error}); please report this"
+        _log.exception("compilation failed")
+        warnings.warn(CaptureWarning(f"runs as it is: {reason}"), stacklevel=4)
+        specialisation = _as_it_is(fn, recorded.capture, reason, (reason,))
     finally:
         after.restore()  # checking and measuring must leave no trace
     if specialisation.capture is not None:

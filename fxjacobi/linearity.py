@@ -55,7 +55,9 @@ _KEEPING = _overloads(
     "neg.default", "clone.default", "alias.default", "detach.default", "view.default", "reshape.default", "positive.default",
     "_unsafe_view.default", "unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "flatten.using_ints",
     "unflatten.int", "contiguous.default", "lift_fresh.default", "lift_fresh_copy.default", "view_copy.default",
-    "_to_copy.default", "to.dtype", "unsqueeze_copy.default",
+    "_to_copy.default", "to.dtype", "unsqueeze_copy.default", "tanh_backward.default", "sigmoid_backward.default",
+    "threshold_backward.default", "gelu_backward.default", "silu_backward.default", "elu_backward.default",
+    "leaky_relu_backward.default", "softplus_backward.default", "hardtanh_backward.default",
 )  # fmt: skip
 # Affine in the first argument, free of the rest; elements move or add up.
 _MOVING = _overloads(

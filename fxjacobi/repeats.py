@@ -192,6 +192,7 @@ def _gaps(positions: Integers, labels: Integers) -> Integers:
         same = labels[apart:] == labels[:-apart]
         gaps = (positions[apart:] - positions[:-apart])[same]
         counts += np.bincount(gaps, minlength=extent + 1)
+    counts[0] = 0
     gaps = np.flatnonzero(counts)
     scores = np.minimum(extent, (counts[gaps] + 1) * gaps)
     return gaps[np.lexsort((gaps, -scores))]

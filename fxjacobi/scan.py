@@ -59,7 +59,7 @@ def scan(
     shape_of_outputs: pytree.TreeSpec | None = None
     for t in reversed(range(steps)) if reverse else range(steps):
         x = pytree.tree_unflatten([None if leaf is None else leaf[t] for leaf in leaves], structure)
-        result = step(carry, x)
+        result: Any = step(carry, x)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError("step must return a pair (carry, y)")
         carry, y = result

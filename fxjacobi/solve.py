@@ -108,11 +108,13 @@ class _Trace:
         self._best = math.inf
         self._since = 0
         self._from = 0
+        self._stop: int | None = None
 
     def add(self, iterate: Iterate) -> None:
         self.prefixes.append(iterate.prefix)
         self._since += 1
-        if iterate.update <= self._best / 2:
+        if iterate.update <= self._best / 2 or iterate.stop != self._stop:
+            self._stop = iterate.stop
             self._best, self._since, self._from = iterate.update, 0, iterate.prefix
         elif self.patience is not None and self._since >= self.patience:
             # A sweep that makes fewer than two steps final is worth less than running these steps in order.

@@ -187,10 +187,14 @@ class System:
                 values.append(outputs[output])
         return tuple(torch.stack(done[c]) for c in self.components), {o: torch.stack(v) for o, v in rest.items()}
 
+    def single(self, states: States, step: int) -> list[Any]:
+        """Return the body's arguments at one step of a trajectory, as the loop binds them."""
+        done = dict(zip(self.components, states, strict=True))
+        return [self._at(i, step, done) for i in range(len(self.loop.bindings))]
+
     def alone(self, states: States, step: int) -> tuple[Any, ...]:
         """Return the body's outputs at one step of a trajectory, evaluated by itself as the loop does."""
-        done = dict(zip(self.components, states, strict=True))
-        outputs: tuple[Any, ...] = self.loop.body(*(self._at(i, step, done) for i in range(len(self.loop.bindings))))
+        outputs: tuple[Any, ...] = self.loop.body(*self.single(states, step))
         return outputs
 
     def _at(self, index: int, step: int, done: Mapping[int, Sequence[torch.Tensor] | torch.Tensor]) -> Any:

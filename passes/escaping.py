@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,5 +40,5 @@ def _viewed(node: fx.Node) -> Iterator[fx.Node]:
                 yield value
         if node.target in (torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default):
             yield from node.all_input_nodes
-    elif node.op == "call_module" or node.op == "call_function":
+    elif node.op == "call_module" or node.target is operator.getitem:
         yield from node.all_input_nodes

@@ -184,13 +184,11 @@ _IN_PLACE: dict[Any, Any] = {
     _aten.geometric.default: _aten.geometric_.default,
     _aten.log_normal.default: _aten.log_normal_.default,
     _aten.cauchy.default: _aten.cauchy_.default,
-    getattr(_aten.random, "from"): getattr(_aten.random_, "from"),
     _aten.random.to: _aten.random_.to,
     _aten.random.default: _aten.random_.default,
     _aten.rand_like.default: _aten.uniform_.default,
     _aten.randn_like.default: _aten.normal_.default,
     _aten.randint_like.default: _aten.random_.to,
-    _aten.randint_like.low_dtype: getattr(_aten.random_, "from"),
 }
 """Draws that take from their first argument a layout and no value, as the in-place operation that fills it."""
 
@@ -207,6 +205,8 @@ def _free(node: fx.Node) -> _Free | str:
     rewrite = _REWRITES.get(target)
     if rewrite is None:
         return "its values depend on the run's"
+    if rewrite is _from:
+        return rewrite(node, generator)
     tensors = [spec_of(item) for item in node.all_input_nodes]
     dtypes = {item.dtype for item in tensors if isinstance(item, TensorSpec)}
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
@@ -278,6 +278,19 @@ def _normal(node: fx.Node, generator: dict[str, Any]) -> _Free | str:
     return _filled(_aten.normal_.default, result, generator, finish=finish)
 
 
+def _from(node: fx.Node, generator: dict[str, Any]) -> _Free | str:
+    """Integers from ``low`` on: those from 0 on, shifted (generated code cannot spell ``random_.from``)."""
+    low, high = (*node.args[1:], None)[:2]
+    result = _tensor(node)
+    if not isinstance(low, int) or not isinstance(high, int):
+        return "its range has no upper end"
+
+    def finish(emit: _Emitter, drawn: fx.Node, _: tuple[Any, ...]) -> fx.Node:
+        return emit(_aten.add.Scalar, (drawn, low), result)
+
+    return _filled(_aten.random_.to, result, generator, high - low, finish=finish)
+
+
 def _dropout(node: fx.Node, generator: dict[str, Any]) -> _Free | str:
     x, probability, train = node.args
     spec = _tensor(x)
@@ -285,8 +298,10 @@ def _dropout(node: fx.Node, generator: dict[str, Any]) -> _Free | str:
         return "it is rewritten only on the CPU"
     if train is False or not isinstance(probability, float) or probability >= 1:
         return "a dropout that keeps all or nothing is not rewritten"
-    mask = TensorSpec(spec.shape, torch.bool, spec.device, contiguous_strides(spec.shape))
-    values, _ = spec_of(node)  # type: ignore[misc]
+    specs = spec_of(node)
+    assert isinstance(specs, tuple)
+    values, mask = specs
+    assert isinstance(mask, TensorSpec)
 
     def finish(emit: _Emitter, drawn: fx.Node, args: tuple[Any, ...]) -> tuple[fx.Node, fx.Node]:
         kept = emit(_aten.mul.Tensor, (args[0], drawn), values)
@@ -296,6 +311,8 @@ def _dropout(node: fx.Node, generator: dict[str, Any]) -> _Free | str:
 
 
 _REWRITES: dict[Any, Callable[[fx.Node, dict[str, Any]], _Free | str]] = {
+    getattr(_aten.random, "from"): _from,
+    _aten.randint_like.low_dtype: _from,
     _aten.multinomial.default: _multinomial,
     _aten.bernoulli.default: _bernoulli,
     _aten.normal.Tensor_Tensor: _normal,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["StopEarly"]
 
 
-def _stops(loop: Loop, node: fx.Node) -> Loop | FixedPoint:
+def _stops(loop: Loop, _node: fx.Node) -> Loop | FixedPoint:
     effects = any(is_effect(inner) for inner in loop.body.graph.nodes if inner.op != "output")
     if loop.kind is Kind.FIXED_POINT and loop.trip_count >= 2 and not effects:
         return FixedPoint(loop)

@@ -12,10 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value
 from fxjacobi.causal_rules.interpreter import evaluate
+from fxjacobi.causal_rules.pointwise import is_pointwise
 from fxjacobi.causal_rules.registry import Context, tensors_in
 from fxjacobi.causal_rules.views import MOVES
 
@@ -142,19 +144,13 @@ def _reaches(
             return marks
         return tree_map(_unranked, env[one], is_leaf=lambda item: isinstance(item, Abstract))
 
-    args = _map(node.args, replaced)
-    kwargs = _map(node.kwargs, replaced)
+    args = map_arg(node.args, replaced)
+    kwargs = map_arg(node.kwargs, replaced)
     result = evaluate(Context(0), node, args, kwargs)
     if chosen is not None:
         assert isinstance(result, (tuple, list))
         result = result[chosen]
     return isinstance(result, Abstract) and int(result.rank.reshape(-1)[element]) >= 0
-
-
-def _map(value: Any, function: Any) -> Any:
-    from torch.fx.node import map_arg
-
-    return map_arg(value, function)
 
 
 def _unranked(item: object) -> object:
@@ -175,7 +171,6 @@ def _culprit(
         return None
     # 1. Where the element's place jumps ahead, among tensors laid out like the array.
     order = _order(structure)
-    aligned: list[tuple[int, fx.Node]] = []  # (place, node that reads it), from the end to the array
     previous: int | None = None
     segment: list[fx.Node] = []
     for node, element, used, inner in trail:
@@ -186,15 +181,14 @@ def _culprit(
         if place is None:
             continue
         if previous is not None and place > previous:
-            mixing = [one for one in segment if one.target not in MOVES]
+            mixing = [one for one in segment if one.target not in MOVES and not is_pointwise(one.target)]
             return (mixing or segment)[-1]
         previous = place
         segment = []
-    del aligned
     # 2. Where the offending dependence stands out most; the earliest of equals.
     best: tuple[int, fx.Node] | None = None
     for node, element, used, inner in trail:
-        if node.target in MOVES:
+        if node.target in MOVES or is_pointwise(node.target):
             continue
         without = _without(context, env, node, element, used, inner)
         if without is None:
@@ -220,7 +214,7 @@ def _without(
     rank[inner] = NOTHING
     cut = Abstract(rank.reshape(found.shape), found.known, found.value, found.sources)
     replaced = lambda one: cut if one is used else env[one]  # noqa: E731
-    result = evaluate(Context(context.top), target, _map(target.args, replaced), _map(target.kwargs, replaced))
+    result = evaluate(Context(context.top), target, map_arg(target.args, replaced), map_arg(target.kwargs, replaced))
     if chosen is not None:
         assert isinstance(result, (tuple, list))
         result = result[chosen]

@@ -14,7 +14,7 @@ from fxjacobi.graph import Spec, TensorSpec, spec_of
 if TYPE_CHECKING:
     from torch import fx
 
-__all__ = ["Context", "Rule", "find_rule", "overloads", "rule", "tensors_in"]
+__all__ = ["Context", "Rule", "fill", "find_rule", "overloads", "rule", "tensors_in"]
 
 
 @dataclass

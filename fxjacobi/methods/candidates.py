@@ -23,8 +23,8 @@ from fxjacobi.methods.sequential import Sequential
 from fxjacobi.methods.windowed import Windowed
 
 if TYPE_CHECKING:
-    from fxjacobi.system import System
     from fxjacobi.methods.method import Contract, Method
+    from fxjacobi.system import System
 
 __all__ = ["candidates"]
 

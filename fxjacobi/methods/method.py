@@ -68,6 +68,7 @@ class Iterate:
             contract, the share of steps that changed).
         updates: The same for each step (T,), where the method keeps it.
         gains: For each step, by how much it last passed an update of the steps before on; ``inf`` where unknown.
+        stop: Where the steps that are being iterated end; updates of different ranges are not compared.
         memory: What the method itself carries from sweep to sweep.
     """
 
@@ -76,6 +77,7 @@ class Iterate:
     update: float = math.inf
     updates: torch.Tensor | None = None
     gains: torch.Tensor | None = None
+    stop: int | None = None
     memory: Any = None
 
 

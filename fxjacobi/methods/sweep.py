@@ -82,4 +82,4 @@ def sweep(system: System, iterate: Iterate, contract: Contract, stop: int, seen:
         update = 0.0
     elif stop < system.steps:
         update = max(update, 1.0 + 1e-9)  # the steps behind the window are not solved yet
-    return replace(iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains)
+    return replace(iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, stop=stop)

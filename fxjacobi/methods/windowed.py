@@ -21,7 +21,7 @@ __all__ = ["Windowed"]
 class Windowed(Method):
     """Jacobi sweeps over ``window`` steps from the exact prefix on (arXiv 2002.03629, section 4.2, Jacobi-GS variants).
 
-    ``sliding``: the window starts where the exact prefix ends and moves with it. Otherwise the steps are cut into
+    ``sliding``: the window starts where the exact prefix ends, and moves on when half of it is final. Otherwise the steps are cut into
     fixed blocks, and the next block starts when every step of the one before is final. Memory is that of ``window``
     steps, and guesses far from final values cost nothing.
 
@@ -48,11 +48,12 @@ class Windowed(Method):
 
     @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
-        end = iterate.prefix + self.window
-        if not self.sliding:
-            end = (iterate.prefix // self.window + 1) * self.window
-        stop = min(system.steps, end)
-        return replace(sweep(system, iterate, contract, stop, seen=iterate.memory), memory=stop)
+        seen: int = iterate.memory
+        final = min(iterate.prefix, seen)
+        # A window that moved by single steps would always hold guesses that no sweep has touched.
+        hop = self.window // 2 if self.sliding else 0
+        stop = min(system.steps, final + self.window) if seen - final <= hop else seen
+        return replace(sweep(system, iterate, contract, stop, seen), memory=stop)
 
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
+
 import networkx as nx
 import pytest
 import torch
@@ -24,14 +27,20 @@ def check_plan(plan: Plan) -> None:
     assert nx.is_directed_acyclic_graph(plan.to_networkx())
     assert all(block.equations >= 1 for block in plan.blocks)
     assert all(block.reason for block in plan.blocks), "a block without a reason"
-    assert plan.reason
+
+
+# What fxjacobi may refuse to record; the original then runs, after one warning. Anything else must be captured.
+REFUSALS = ("lazily conjugated",)
 
 
 @given(programs())
-def test_compiled_programs_equal_the_ordinary_run(program: Program) -> None:
+def check_program(program: Program) -> None:
     model = program.build()
-    compiled = fxjacobi.compile(model)
-    with torch.set_grad_enabled(program.grad):
+    # Unmeasured: where the emitted module is kept only if it is faster, few programs of this size would run it.
+    compiled = fxjacobi.compile(model, measure=False)
+    low_precision = torch.bfloat16 in {argument.dtype for argument in program.arguments}
+    with torch.set_grad_enabled(program.grad), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         # The recorded call, then fresh arguments twice.
         for seed in range(3):
             assert_equivalent(
@@ -39,11 +48,25 @@ def test_compiled_programs_equal_the_ordinary_run(program: Program) -> None:
                 model,
                 lambda seed=seed: program.make_args(seed),
                 seed=seed,
-                gradients=1e-2 if program.grad and torch.bfloat16 not in {a.dtype for a in program.arguments} else None,
+                gradients=1e-3 if program.grad and not low_precision else None,
             )
             note(str(compiled.plan))
             check_plan(compiled.plan)
-    event("solved" if compiled.plan.solved else "original")
+            OUTCOMES["solved" if compiled.report.solved else "original"] += 1
+    for warning in caught:
+        refused = issubclass(warning.category, fxjacobi.CaptureWarning)
+        assert refused, warning.message
+        assert any(known in str(warning.message) for known in REFUSALS), warning.message
+    event("solved" if compiled.plan.solved else compiled.plan.reason.split(":")[0])
+
+
+OUTCOMES: Counter[str] = Counter()
+
+
+def test_compiled_programs_equal_the_ordinary_run() -> None:
+    OUTCOMES.clear()
+    check_program()
+    assert OUTCOMES["solved"] > OUTCOMES["original"] / 3, f"too few calls ran an emitted module: {OUTCOMES}"
 
 
 def block(name: str, *nodes: str) -> BlockPlan:

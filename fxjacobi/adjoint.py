@@ -1,0 +1,223 @@
+"""The adjoint of a recurrence: itself a triangular system, running backwards, that the same methods solve.
+
+With cotangents ``g_{o,t}`` of the body's outputs and ``m_{b,t}`` of what carry ``b`` reads at step ``t``:
+
+    m_{b,t} = (d h_t / d read_b)^T c_t,   c_{o,t} = g_{o,t} + sum over the carries b of o of m_{b,t+d_b}
+
+Then one batched vector-Jacobian product with ``c`` gives the gradients of all operands.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxjacobi.batched_body import BatchedBody
+from fxjacobi.graph import TensorSpec, spec_of_value, stamp
+from fxjacobi.loops import Binding, Carried, Loop, Scanned, Stacked, Table
+from fxjacobi.methods.guess import Base
+from fxjacobi.methods.sequential import Sequential
+from fxjacobi.solve import lawful, solve_system
+from fxjacobi.system import States, System
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fxjacobi.methods.method import Contract, Method
+
+__all__ = ["Adjoint"]
+
+
+class Adjoint:
+    """The adjoint equations of a loop.
+
+    Args:
+        loop: The loop.
+        operands: Operands of its shapes, to trace the adjoint's body with.
+    """
+
+    def __init__(self, loop: Loop, operands: Sequence[Any]) -> None:
+        self.loop = loop
+        specs = BatchedBody.of(loop).output_specs
+        wanted = {r.output for r in loop.results} | {b.output for b in loop.bindings if isinstance(b, Carried)}
+        self.outputs = tuple(o for o in sorted(wanted) if _smooth(specs[o]))
+        self.carries = tuple(
+            (i, b) for i, b in enumerate(loop.bindings) if isinstance(b, Carried) and b.output in self.outputs
+        )
+        varies = any(BatchedBody.of(loop).varying)
+        # A literal that varies would be baked into the trace: such loops run their adjoint step by step instead.
+        self.reversed = None if varies else self._reversed(operands)
+
+    def _reversed(self, operands: Sequence[Any]) -> Loop:
+        """Return the adjoint as a loop over ``T-1 .. 0``; operands: the loop's, reads, cotangents, zeros."""
+        steps = self.loop.trip_count
+        bindings: list[Binding] = []
+        backwards = range(steps - 1, -1, -1)
+        reads = [i for i, b in enumerate(self.loop.bindings) if isinstance(b, Carried)]
+        for index, binding in enumerate(self.loop.bindings):
+            match binding:
+                case Carried():
+                    bindings.append(Scanned(len(operands) + reads.index(index), 0, backwards))
+                case Scanned(operand, dim, indices):
+                    bindings.append(Scanned(operand, dim, [indices[t] for t in backwards]))
+                case Table(table):
+                    bindings.append(Table(tuple(table[t] for t in backwards)))
+                case _:
+                    bindings.append(binding)
+        offset = len(operands) + len(reads)
+        bindings += [Scanned(offset + i, 0, backwards) for i in range(len(self.outputs))]
+        offset += len(self.outputs)
+        for position, (_, binding) in enumerate(self.carries):
+            zero = offset + position
+            bindings.append(Carried(position, binding.distance, (zero,) * min(binding.distance, steps)))
+        arguments = [_detached(a) for a in self.loop.bind(operands, 0, [])]
+        sample = self.loop.body(*arguments)
+        cotangents = [torch.zeros_like(sample[o]) for o in self.outputs]
+        zeros = [torch.zeros_like(arguments[i]) for i, _ in self.carries]
+        read, given = len(arguments), len(arguments) + len(cotangents)
+
+        def step(*flat: Any) -> tuple[Any, ...]:
+            return self._step(flat[:read], flat[read:given], flat[given:])
+
+        flat = [*arguments, *cotangents, *zeros]
+        body = make_fx(step)(*flat)
+        _Stamped(body).run(*flat)
+        return Loop(body, steps, bindings, [Stacked(i) for i in range(len(self.carries))])
+
+    def _step(self, arguments: Sequence[Any], cotangents: Sequence[Any], later: Sequence[Any]) -> tuple[Any, ...]:
+        """Return ``m_{b,t}`` of all carries, given the body's arguments, ``g_t`` and ``m_{b,t+d_b}``."""
+
+        def outputs(*read: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            changed = list(arguments)
+            for (index, _), value in zip(self.carries, read, strict=True):
+                changed[index] = value
+            values = self.loop.body(*changed)
+            return tuple(values[o] for o in self.outputs)
+
+        totals = list(cotangents)
+        for (_, binding), value in zip(self.carries, later, strict=True):
+            position = self.outputs.index(binding.output)
+            totals[position] = totals[position] + value
+        _, transposed = torch.func.vjp(outputs, *(arguments[i] for i, _ in self.carries))
+        return tuple(transposed(tuple(totals)))
+
+    def gradients(
+        self,
+        operands: Sequence[Any],
+        states: States,
+        cotangents: dict[int, torch.Tensor],
+        method: Method,
+        contract: Contract,
+        memory_limit: int | None,
+    ) -> list[torch.Tensor | None]:
+        """Return the gradient of each operand (``None`` where it needs none).
+
+        Args:
+            operands: Of the solved call; those that require gradients say so.
+            states: The solved trajectory.
+            cotangents: ``g`` of each output in :attr:`outputs`, (T, ...).
+            method: How to solve the adjoint equations; in order where it does not apply to them.
+            contract: Tolerances; the exact contract solves in order.
+            memory_limit: As for the forward solve.
+        """
+        detached = [_detached(o) for o in operands]
+        system = System(self.loop, detached, memory_limit=memory_limit)
+        with torch.no_grad():
+            moved = self._solved(system, states, cotangents, method, contract, memory_limit)
+            totals = dict(cotangents)
+            for (_, binding), value in zip(self.carries, moved, strict=True):
+                total = totals[binding.output].clone()
+                total[: -binding.distance] += value[binding.distance :]
+                totals[binding.output] = total
+        return self._products(operands, states, moved, totals, memory_limit)
+
+    def _solved(
+        self,
+        system: System,
+        states: States,
+        cotangents: dict[int, torch.Tensor],
+        method: Method,
+        contract: Contract,
+        memory_limit: int | None,
+    ) -> States:
+        """Return ``m_b`` of each carry, (T, ...), in the order of the steps."""
+        reads = [carry.window(states, 0, system.steps) for carry in system.carries]
+        given = [cotangents[o] for o in self.outputs]
+        if self.reversed is not None and lawful(method, self.reversed, contract) and not isinstance(method, Sequential):
+            position = {carry.placeholder: i for i, carry in enumerate(system.carries)}
+            zeros = [torch.zeros_like(reads[position[i]][0]) for i, _ in self.carries]
+            backward = System(self.reversed, [*system.operands, *reads, *given, *zeros], memory_limit=memory_limit)
+            return tuple(s.flip(0) for s in solve_system(backward, method, contract, Base()).states)
+        moved: list[list[torch.Tensor]] = [[] for _ in self.carries]
+        for back in range(system.steps):
+            step = system.steps - 1 - back
+            arguments = system.single(states, step)
+            later = [
+                column[back - b.distance] if back >= b.distance else torch.zeros_like(arguments[i])
+                for (i, b), column in zip(self.carries, moved, strict=True)
+            ]
+            now = self._step(arguments, [g[step] for g in given], later)
+            for column, value in zip(moved, now, strict=True):
+                column.append(value)
+        return tuple(torch.stack(column[::-1]) for column in moved)
+
+    def _products(
+        self,
+        operands: Sequence[Any],
+        states: States,
+        moved: States,
+        totals: dict[int, torch.Tensor],
+        memory_limit: int | None,
+    ) -> list[torch.Tensor | None]:
+        """Return the operands' gradients by batched products of all steps, range by range."""
+        needing = [i for i, o in enumerate(operands) if isinstance(o, torch.Tensor) and o.requires_grad]
+        leaves = list(operands)
+        for index in needing:
+            leaves[index] = operands[index].detach().requires_grad_()
+        gradients: list[torch.Tensor | None] = [None] * len(operands)
+
+        def add(index: int, value: torch.Tensor) -> None:
+            before = gradients[index]
+            gradients[index] = value if before is None else before + value
+
+        with torch.enable_grad():
+            system = System(self.loop, leaves, memory_limit=memory_limit)
+            for carry in system.carries:
+                carry.before = carry.before.detach()
+            for start in range(0, system.steps, system.rows_limit):
+                stop = min(system.steps, start + system.rows_limit)
+                outputs = system.body(system.arguments(states, start, stop), stop - start)
+                pairs = [(outputs[o], totals[o][start:stop]) for o in self.outputs if outputs[o].requires_grad]
+                if pairs:
+                    found = torch.autograd.grad(
+                        [p[0] for p in pairs], [leaves[i] for i in needing], [p[1] for p in pairs], allow_unused=True
+                    )
+                    for index, value in zip(needing, found, strict=True):
+                        if value is not None:
+                            add(index, value)
+        for (_, binding), value in zip(self.carries, moved, strict=True):
+            for step, operand in enumerate(binding.init[: self.loop.trip_count]):
+                if operand in needing:
+                    add(operand, value[step])
+        return gradients
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _smooth(spec: object) -> bool:
+    return isinstance(spec, TensorSpec) and (spec.dtype.is_floating_point or spec.dtype.is_complex)
+
+
+class _Stamped(fx.Interpreter):
+    """Runs a graph once and stamps every node with the spec of its value."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "output":
+            stamp(n, spec_of_value(value))
+        return value

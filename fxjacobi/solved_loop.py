@@ -1,0 +1,146 @@
+"""A loop that is solved instead of run: the same operands, the same results, and gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from fxjacobi.adjoint import Adjoint
+from fxjacobi.batched_body import BatchedBody
+from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.loops import Loop, Stacked, Step
+from fxjacobi.methods.guess import Base, Guess, Previous
+from fxjacobi.methods.sequential import Sequential
+from fxjacobi.solve import Solved, lawful, solve_system
+from fxjacobi.system import States, System
+
+if TYPE_CHECKING:
+    from fxjacobi.batched_body import Batch
+    from fxjacobi.methods.method import Contract, Method
+
+__all__ = ["SolvedLoop"]
+
+
+class SolvedLoop(nn.Module):
+    """A recurrence with the method that solves it.
+
+    Forward: ``s_t = h_t(s_{t-d})`` for all ``t`` under the contract (:func:`fxjacobi.solve.solve`). Backward: the adjoint
+    system by the same method (:mod:`fxjacobi.adjoint`), once differentiable. Where the method is not lawful for the
+    loop under the contract, the loop runs in order and autograd follows it as it would the original.
+
+    Args:
+        loop: The loop.
+        method: How to solve it.
+        contract: Tolerances and bounds.
+        batch: An evaluator of many steps at once that keeps bits, for the exact contract.
+        guess: Where sweeps start.
+        warm_start: Start from the trajectory of the call before, where its shapes fit.
+        memory_limit: Bytes that one batched evaluation may allocate.
+    """
+
+    last: Solution | None
+    """Record of the last call."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        method: Method,
+        contract: Contract,
+        *,
+        batch: Batch | None = None,
+        guess: Guess | None = None,
+        warm_start: bool = False,
+        memory_limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.loop = loop
+        self.method = method
+        self.contract = contract
+        self.batch = batch
+        self.guess: Guess = guess if guess is not None else Base()
+        self.warm_start = warm_start
+        self.memory_limit = memory_limit
+        self.last = None
+        self._previous: States | None = None
+        self._adjoint: Adjoint | None = None
+
+    def forward(self, *operands: Any) -> tuple[Any, ...]:
+        """Solve the loop and return its results."""
+        if isinstance(self.method, Sequential) or not lawful(self.method, self.loop, self.contract):
+            self.last = Solution(0, Certificate.SEQUENTIAL, 0.0, (), self.loop.trip_count)
+            results: tuple[Any, ...] = self.loop(*operands)
+            return results
+        if torch.is_grad_enabled() and any(isinstance(o, torch.Tensor) and o.requires_grad for o in operands):
+            found: tuple[Any, ...] = _Solve.apply(self, *operands)  # type: ignore[no-untyped-call]
+            return found
+        system, solved = self._solve(operands)
+        return system.results(solved.states, solved.others)
+
+    @torch.no_grad()
+    def _solve(self, operands: tuple[Any, ...]) -> tuple[System, Solved]:
+        system = System(self.loop, operands, batch=self.batch, memory_limit=self.memory_limit)
+        warm = self.warm_start and self._previous is not None
+        guess = Previous(self._previous) if warm and self._previous is not None else self.guess
+        solved = solve_system(system, self.method, self.contract, guess)
+        self.last = solved.solution
+        if self.warm_start:
+            self._previous = tuple(s.detach() for s in solved.states)
+        return system, solved
+
+    def _gradients(
+        self, operands: tuple[Any, ...], states: States, given: tuple[torch.Tensor | None, ...]
+    ) -> list[torch.Tensor | None]:
+        """Return the operands' gradients from those of the results."""
+        if self._adjoint is None:
+            with torch.no_grad():
+                self._adjoint = Adjoint(self.loop, operands)
+        adjoint, steps = self._adjoint, self.loop.trip_count
+        cotangents: dict[int, torch.Tensor] = {}
+        specs = BatchedBody.of(self.loop).output_specs
+        for output in adjoint.outputs:
+            spec: Any = specs[output]
+            cotangents[output] = torch.zeros((steps, *spec.shape), dtype=spec.dtype, device=spec.device)
+        for result, gradient in zip(self.loop.results, given, strict=True):
+            if gradient is None or result.output not in cotangents:
+                continue
+            match result:
+                case Step(output, step):
+                    cotangents[output][step] += gradient
+                case Stacked(output):
+                    cotangents[output] += gradient
+        return adjoint.gradients(operands, states, cotangents, self.method, self.contract, self.memory_limit)
+
+
+class _Solve(torch.autograd.Function):
+    """The solve as one differentiable operation of the operands."""
+
+    @staticmethod
+    def forward(ctx: Any, module: SolvedLoop, *operands: Any) -> tuple[Any, ...]:
+        system, solved = module._solve(operands)
+        results = tuple(_own(r) for r in system.results(solved.states, solved.others))
+        ctx.module = module
+        ctx.others = [None if isinstance(o, torch.Tensor) else o for o in operands]
+        ctx.is_tensor = [isinstance(o, torch.Tensor) for o in operands]
+        ctx.save_for_backward(*(o for o in operands if isinstance(o, torch.Tensor)), *solved.states)
+        whole = [r for r in results if isinstance(r, torch.Tensor) and not (r.is_floating_point() or r.is_complex())]
+        ctx.mark_non_differentiable(*whole)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        operands = tuple(
+            saved.pop(0) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
+        )
+        with torch.enable_grad():  # once_differentiable turns it off; the batched products need it
+            gradients = ctx.module._gradients(operands, tuple(saved), given)
+        return (None, *gradients)
+
+
+def _own(value: Any) -> Any:
+    """Return a tensor that shares no storage with another result, as autograd wants outputs."""
+    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,207 @@
+"""collapse_sampling: a loop that fills an array from a causal network of that array becomes Jacobi sweeps.
+
+Fires on a loop whose only carry is an array that each step writes in part, where every value written is proven to
+depend on values written before it only (:mod:`fxjacobi.causality`)::
+
+    before                                              after
+    recurrence_1 = self.recurrence_1(x0, w, noise)      the same call, of a JacobiWrites:
+                                                        x = write(x0, tail_t(network(x)) for all t), until nothing changes
+
+Must not fire where the proof fails (the loop stays, and its reason says which element and operation broke it), where
+the body draws random numbers, carries anything else, or writes to places that depend on data. Parameters are taken to
+be unknown first, so that training does not void the proof; their zeros are read where masks alone do not suffice.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import fx, nn
+
+from fxjacobi import ops
+from fxjacobi.array_programs import programs
+from fxjacobi.causal_rules.domain import Value, constant
+from fxjacobi.causal_rules.interpreter import interpret
+from fxjacobi.causal_rules.registry import Context, fill, overloads
+from fxjacobi.causality import CausalityProof, Refusal, prove
+from fxjacobi.graph import TensorSpec, spec_of
+from fxjacobi.loops import Loop, Table
+from fxjacobi.passes.base import Pass, PassResult
+from fxjacobi.passes.replace_blocks import replace_blocks
+from fxjacobi.sampling import JacobiWrites
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["CollapseSampling"]
+
+_log = logging.getLogger(__name__)
+
+_WRITES = frozenset([ops.write, *overloads("select_scatter", "slice_scatter", "index_put")])
+_TRIALS = 4
+
+
+@dataclass(frozen=True)
+class CollapseSampling(Pass):
+    """See the module's docstring.
+
+    Args:
+        window: Update only so many steps at a time (GS-Jacobi); ``None``: all.
+        batch: Turns the tail, a Map loop over the steps, into a module that runs all steps at once with the same bits.
+    """
+
+    name: ClassVar[str] = "collapse_sampling"
+    window: int | None = None
+    batch: Callable[[Loop], nn.Module] | None = None
+
+    def apply(self, module: fx.GraphModule) -> PassResult:
+        """Replace every loop that is proven causal."""
+        return replace_blocks(module, lambda loop, node: self._collapse(module, loop, node))
+
+    def _collapse(self, module: fx.GraphModule, loop: Loop, node: fx.Node) -> nn.Module:
+        if not any(inner.target in _WRITES for inner in loop.body.graph.nodes):
+            return loop
+        top_level = node.graph is module.graph
+        outcome: CausalityProof | Refusal = prove(loop)
+        for parameters in (False, True):
+            if isinstance(outcome, CausalityProof) or not top_level or outcome.element is None:
+                break
+            outcome = prove(loop, operand_values(module, loop, node, parameters=parameters))
+        if isinstance(outcome, Refusal):
+            _log.debug("%s stays a loop: %s", node, outcome)
+            return _with_reason(loop, outcome)
+        watched = {name: attrgetter(name)(module) for name in outcome.reads}
+        return JacobiWrites(
+            outcome,
+            window=self._window(outcome),
+            restrided=layout_matters(outcome),
+            batch=self.batch,
+            watched=watched,
+        )
+
+    def _window(self, proof: CausalityProof) -> int | None:
+        """The window asked for, where the tail can do with one."""
+        if self.window is None or self.window >= proof.structure.trip_count:
+            return None
+        try:
+            programs(proof, steps=self.window, restrided=False)
+        except ValueError as reason:
+            _log.debug("no window: %s", reason)
+            return None
+        return self.window
+
+
+def _with_reason(loop: Loop, refusal: Refusal) -> Loop:
+    """Return a loop that says why it was not collapsed."""
+    kept = Loop(loop.body, loop.trip_count, loop.bindings, loop.results)
+    setattr(kept, "reason", f"not collapsed: {refusal}")  # noqa: B010 - read by fxjacobi.blocks, no field of a loop
+    setattr(kept, "refusal", refusal)  # noqa: B010
+    return kept
+
+
+def operand_values(module: fx.GraphModule, loop: Loop, node: fx.Node, *, parameters: bool) -> list[Value]:
+    """Return what the graph around a loop knows of its operands: buffers and constants, and what follows from them.
+
+    Args:
+        module: The graph that calls the loop.
+        loop: The loop.
+        node: Its call.
+        parameters: Whether the values of parameters count as known.
+    """
+    wanted = {argument for argument in node.args if isinstance(argument, fx.Node)}
+    for binding in loop.bindings:
+        if isinstance(binding, Table):
+            wanted -= {node.args[operand] for operand in binding.operands}  # type: ignore[misc]
+    values: dict[fx.Node, Value] = {}
+    names: dict[str, Value] = {}
+    pending = list(wanted)
+    chosen: set[fx.Node] = set()
+    while pending:
+        one = pending.pop()
+        if one in chosen or one in values:
+            continue
+        if one.op in ("placeholder", "call_module"):
+            # What other loops compute is data; a constant does not come out of a loop.
+            values[one] = fill(spec_of(one), -1)
+            continue
+        chosen.add(one)
+        if one.op == "get_attr":
+            tensor = attrgetter(str(one.target))(module)
+            if isinstance(tensor, torch.Tensor) and (parameters or not isinstance(tensor, nn.Parameter)):
+                names[str(one.target)] = constant(tensor, str(one.target))
+            else:
+                names[str(one.target)] = fill(spec_of(one), -1)
+        pending.extend(one.all_input_nodes)
+    part = _slice(module, chosen | set(values))
+    env = interpret(Context(-1), part[0], {part[1][n]: value for n, value in values.items()}, names)
+    found: list[Value] = []
+    for argument in node.args:
+        copy = part[1].get(argument) if isinstance(argument, fx.Node) else None
+        known = copy is not None and copy in env
+        found.append(env[copy] if known and copy is not None else _blank(argument))
+    # The array itself is what the analysis is about: its initial values are data.
+    return found
+
+
+def _blank(argument: object) -> Value:
+    return fill(spec_of(argument), -1) if isinstance(argument, fx.Node) else argument
+
+
+def _slice(module: fx.GraphModule, chosen: set[fx.Node]) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """Copy a part of a graph; nodes outside of it that are read become placeholders."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node not in chosen:
+            continue
+        if node.op in ("placeholder", "call_module"):
+            copies[node] = graph.placeholder(node.name)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta = dict(node.meta)
+    graph.output(())
+    return fx.GraphModule(module, graph), copies
+
+
+def layout_matters(proof: CausalityProof) -> bool:
+    """Whether the tail's bits depend on the strides of what it selects, measured on random values.
+
+    A selection ``y[:, t]`` is strided in the ordinary run and contiguous in the collapsed one; some kernels round
+    otherwise for the one than for the other (sigmoid on CPUs: vectorised or not).
+    """
+    steps = proof.structure.trip_count
+    plain = programs(proof, steps=steps, restrided=False)
+    laid_out = programs(proof, steps=steps, restrided=True)
+    if not any(node.target is ops.restride for node in laid_out.tail.body.graph.nodes):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    placeholders = [node for node in plain.tail.body.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad():
+        for trial in range(_TRIALS):
+            arguments = [
+                binding.values[trial % steps] if spec_of(node) is None and hasattr(binding, "values")
+                else _random(node, generator)
+                for node, binding in zip(placeholders, plain.tail.bindings, strict=True)
+            ]  # fmt: skip
+            try:
+                left, right = plain.tail.body(*arguments), laid_out.tail.body(*arguments)
+            except (RuntimeError, IndexError, ValueError) as error:
+                # Random values may be outside an operation's domain (an index): then nothing was measured.
+                _log.debug("layouts are kept, the tail does not run on random values: %s", error)
+                return True
+            for a, b in zip(left, right, strict=True):
+                if isinstance(a, torch.Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()):
+                    return True
+    return False
+
+
+def _random(node: fx.Node, generator: torch.Generator) -> object:
+    spec = spec_of(node)
+    assert isinstance(spec, TensorSpec)
+    if spec.dtype.is_floating_point or spec.dtype.is_complex:
+        return (torch.randn(spec.shape, generator=generator, dtype=torch.float32) * 2).to(spec.dtype).to(spec.device)
+    return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype).to(spec.device)

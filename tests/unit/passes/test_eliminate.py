@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from torch import fx
+
+from fxjacobi.graph import TensorSpec, make_module, stamp
+from fxjacobi.loops import Carried, Loop, Step
+from fxjacobi.ops import guard
+from fxjacobi.passes.eliminate import Eliminate
+from tests.unit.passes.programs import Program, assert_runs_as, loops, programs, record, targets
+
+aten = torch.ops.aten
+R = torch.randn
+VECTOR = TensorSpec((3,), torch.float32, torch.device("cpu"), (1,))
+
+
+def graph_of(build: Any) -> fx.GraphModule:
+    graph = fx.Graph()
+    x = stamp(graph.placeholder("x"), VECTOR)
+
+    def call(target: Any, *args: Any, spec: Any = VECTOR, **kwargs: Any) -> fx.Node:
+        return stamp(graph.call_function(target, args, kwargs), spec)
+
+    graph.output(build(call, x))
+    return make_module({}, graph)
+
+
+def run(build: Any) -> list[Any]:
+    module = graph_of(build)
+    result = Eliminate().run(module)
+    assert result.modified is (result.module is not module)
+    return targets(result.module)
+
+
+@settings(max_examples=60, deadline=None)
+@given(programs())
+def test_programs_keep_their_bits(program: Program) -> None:
+    result = Eliminate().run(record(program, *program.arguments()))
+    assert_runs_as(result.module, program, *program.arguments(1))
+    assert not Eliminate().run(result.module).modified
+
+
+def test_dead_code_goes_and_repeated_code_is_computed_once() -> None:
+    def build(call: Any, x: Any) -> Any:
+        call(aten.exp.default, x)
+        a, b = call(aten.tanh.default, call(aten.mul.Tensor, x, 2)), call(aten.tanh.default, call(aten.mul.Tensor, x, 2))
+        return (call(aten.add.Tensor, a, b),)
+
+    assert run(build) == [aten.mul.Tensor, aten.tanh.default, aten.add.Tensor]
+
+
+def test_literals_are_told_apart_by_type_and_bits() -> None:
+    def build(call: Any, x: Any) -> Any:
+        total = x
+        for literal in (1, 1.0, True, 0.0, -0.0, float("nan"), float("nan"), 0.0):
+            total = call(aten.add.Tensor, total, call(aten.mul.Tensor, x, literal))
+        return (total,)
+
+    assert run(build).count(aten.mul.Tensor) == 6
+
+
+def test_keyword_and_list_arguments_count() -> None:
+    def build(call: Any, x: Any) -> Any:
+        parts = [
+            call(aten.cat.default, [x, x]),
+            call(aten.cat.default, [x, x]),
+            call(aten.cat.default, [x, x], 0),
+            call(aten._to_copy.default, x, dtype=torch.float64),
+            call(aten._to_copy.default, x, dtype=torch.float32),
+        ]
+        return (call(aten.cat.default, parts),)
+
+    assert run(build).count(aten.cat.default) == 3
+    assert run(build).count(aten._to_copy.default) == 2
+
+
+def test_draws_and_guards_stay() -> None:
+    def build(call: Any, x: Any) -> Any:
+        call(aten.randn.default, [3])
+        call(aten.randn.default, [3])
+        for _ in range(2):
+            call(guard, call(aten.all.default, call(aten.gt.Scalar, x, 0)), True, spec=None)
+        return (x,)
+
+    assert run(build) == [aten.randn.default, aten.randn.default, aten.gt.Scalar, aten.all.default, guard, guard]
+
+
+def test_two_results_stay_two() -> None:
+    def zeros(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, b, c = torch.tanh(x), torch.tanh(x), torch.tanh(x)
+        return a, b.reshape(3, 1), c * 2
+
+    result = Eliminate().run(record(zeros, R(3))).module
+    assert targets(result).count(aten.tanh.default) == 2
+    a, b, _ = result(R(3))
+    assert a.data_ptr() != b.data_ptr()
+
+
+def test_bodies_of_loops_are_rewritten_too() -> None:
+    def build(call: Any, x: Any) -> Any:
+        call(aten.exp.default, x)
+        return (call(aten.add.Tensor, call(aten.sin.default, x), call(aten.sin.default, x)),)
+
+    loop = Loop(graph_of(build), 5, [Carried(0, 1, (0,))], [Step(0, 4)])
+    graph = fx.Graph()
+    x = stamp(graph.placeholder("x"), VECTOR)
+    call = stamp(graph.call_module("loop_0", (x,)), (VECTOR,))
+    graph.output((stamp(graph.call_function(__import__("operator").getitem, (call, 0)), VECTOR),))
+    module = make_module({"loop_0": loop}, graph)
+    result = Eliminate().run(module).module
+    assert targets(loops(result)[0].body) == [aten.sin.default, aten.add.Tensor]
+    assert targets(loop.body)[0] is aten.exp.default
+    value = R(3)
+    assert torch.equal(module(value)[0], result(value)[0])
