@@ -9,12 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from fxjacobi.loops import Loop
-from fxjacobi.plan import BlockPlan
+from fxjacobi.plan import BlockPlan, Candidate
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import fx, nn
 
     from fxjacobi.certificate import Solution
+    from fxjacobi.methods.method import Method
 
 __all__ = ["Block", "block_kind", "last_solution", "loop_of", "method_of", "plan_of_block", "plan_of_graph"]
 
@@ -31,7 +34,7 @@ class Block(Protocol):
     """
 
     loop: Loop
-    method: str
+    method: str | Method
     reason: str
     last: Solution | None
 
@@ -45,7 +48,9 @@ def loop_of(module: nn.Module) -> Loop | None:
 
 def method_of(module: nn.Module) -> str:
     """The method that a block is solved by."""
-    return module.method if isinstance(module, Block) else "sequential"
+    if not isinstance(module, Block):
+        return "sequential"
+    return module.method if isinstance(module.method, str) else module.method.name.lower()
 
 
 def last_solution(module: nn.Module) -> Solution | None:
@@ -60,7 +65,7 @@ def block_kind(module: nn.Module) -> str:
     return "jacobi" if method_of(module).startswith("jacobi") else loop.kind.value
 
 
-def plan_of_block(name: str, module: nn.Module, node: fx.Node) -> BlockPlan:
+def plan_of_block(name: str, module: nn.Module, node: fx.Node, candidates: tuple[Candidate, ...] = ()) -> BlockPlan:
     """The plan's row for one block."""
     loop = loop_of(module)
     assert loop is not None
@@ -77,6 +82,7 @@ def plan_of_block(name: str, module: nn.Module, node: fx.Node) -> BlockPlan:
         proof=getattr(module, "proof_sentence", ""),
         nodes=(node.name,),
         site=site,
+        candidates=candidates,
     )
 
 
@@ -85,7 +91,9 @@ def _sequential_reason(loop: Loop) -> str:
     return f"each step needs the one before, and its {carries} settles to the last bit only one step a sweep"
 
 
-def plan_of_graph(module: fx.GraphModule) -> tuple[tuple[BlockPlan, ...], tuple[tuple[str, str], ...]]:
+def plan_of_graph(
+    module: fx.GraphModule, candidates: Mapping[int, tuple[Candidate, ...]] | None = None
+) -> tuple[tuple[BlockPlan, ...], tuple[tuple[str, str], ...]]:
     """Rows and edges of the plan of an emitted module; each node of its graph is in exactly one row."""
     rows: list[BlockPlan] = []
     place: dict[fx.Node, int] = {}
@@ -107,7 +115,8 @@ def plan_of_graph(module: fx.GraphModule) -> tuple[tuple[BlockPlan, ...], tuple[
             if loop_of(block) is not None:
                 close()
                 place[node] = len(rows)
-                rows.append(plan_of_block(str(node.target), block, node))
+                measured = (candidates or {}).get(id(loop_of(block)), ())
+                rows.append(plan_of_block(str(node.target), block, node, measured))
                 continue
         if node.op in ("call_function", "call_module"):
             straight.append(node)

@@ -102,8 +102,18 @@ def is_random(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded in node.target.tags
+        return torch.Tag.nondeterministic_seeded in node.target.tags and not _drops_nothing(node)
     return node.target is draw
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether ``node`` draws for its dropout only, and has none (fused attention is tagged as random all the same)."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[position] if position < len(node.args) and not argument.kwarg_only else argument.default_value
+            return node.kwargs.get("dropout_p", given) == 0
+    return False
 
 
 def check(module: fx.GraphModule, *, after: str) -> None:

@@ -64,6 +64,7 @@ class SolvedLoop(nn.Module):
         self.warm_start = warm_start
         self.memory_limit = memory_limit
         self.last = None
+        self.reason = ""
         self._previous: States | None = None
         self._adjoint: Adjoint | None = None
 

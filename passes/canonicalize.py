@@ -15,6 +15,7 @@ from fxjacobi.ops import restride, write
 from fxjacobi.passes.assemble import assemble
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.escaping import escaping
+from fxjacobi.passes.memory_effects import Need, Needs, owns_memory
 from fxjacobi.passes.write_history import Region, WriteHistory, normalised
 
 if TYPE_CHECKING:
@@ -39,19 +40,8 @@ _DIMENSIONS: dict[Any, int] = {
 }
 """Operations whose second argument is a dimension, and by how much their rank exceeds their input's."""
 
-_BY_ELEMENT = frozenset(
-    {
-        _aten.add.Tensor, _aten.add.Scalar, _aten.sub.Tensor, _aten.sub.Scalar, _aten.rsub.Scalar, _aten.mul.Tensor,
-        _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.neg.default, _aten.abs.default, _aten.relu.default,
-        _aten.maximum.default, _aten.minimum.default, _aten.clamp.default, _aten.where.self, _aten.sign.default,
-        _aten.eq.Tensor, _aten.eq.Scalar, _aten.ne.Scalar, _aten.lt.Scalar, _aten.le.Scalar, _aten.gt.Scalar,
-        _aten.ge.Scalar, _aten.lt.Tensor, _aten.le.Tensor, _aten.gt.Tensor, _aten.ge.Tensor, _aten.cat.default,
-        _aten.stack.default, _aten.index_select.default, _aten.embedding.default, _aten.floor.default, write,
-    }
-)  # fmt: skip
-"""Operations of which each element rounds the same wherever it lies in memory: correctly rounded or copied.
-
-``exp`` or ``sigmoid`` are not here: their vectorised body may round otherwise than the scalar code of a row's end."""
+_ALIGNMENT = 64
+"""Bytes to which the allocator aligns every tensor."""
 
 
 @dataclass(frozen=True)
@@ -63,30 +53,35 @@ class Canonicalize(Pass):
     dimensions and positions count from the front. A read of an array at a written position becomes the value written,
     and one at a position not written since reads the earlier array (``out[:, t] = h; out[:, t - 1]`` is then plain
     dataflow). Copies that the caller cannot tell from the original go; so do ``detach``, ``alias`` and
-    ``lift_fresh``, unless ``gradients``. Must not fire where the caller would see two results share memory, and keeps
-    the memory layout where rounding may depend on it.
+    ``lift_fresh``, unless ``gradients``. Must not fire where the caller would see two results share memory, nor, if
+    ``exact``, where rounding may depend on how the value lies in memory (:mod:`fxjacobi.passes.memory_effects`).
     """
 
     name = "canonicalize"
     gradients: bool = False
+    exact: bool = True
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Rewrite in one walk."""
-        result = canonicalize(module, gradients=self.gradients)
+        result = canonicalize(module, gradients=self.gradients, exact=self.exact)
         return PassResult(result, result is not module)
 
 
-def canonicalize(module: fx.GraphModule, *, gradients: bool = False) -> fx.GraphModule:
+def canonicalize(module: fx.GraphModule, *, gradients: bool = False, exact: bool = True) -> fx.GraphModule:
     """Return ``module`` in canonical form (see :class:`Canonicalize`), or ``module`` itself if it is already."""
-    return _Canonicalizer(module, gradients, {}).run()
+    return _Canonicalizer(module, {}, gradients=gradients, exact=exact).run()
 
 
 class _Canonicalizer:
     """Emits the new graph node by node; ``values`` maps old nodes to new ones."""
 
-    def __init__(self, module: fx.GraphModule, gradients: bool, submodules: dict[nn.Module, nn.Module]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, submodules: dict[nn.Module, nn.Module], *, gradients: bool, exact: bool
+    ) -> None:
         self.module = module
         self.gradients = gradients
+        self.exact = exact
+        self.needs = Needs()
         self.submodules = submodules
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
@@ -143,7 +138,9 @@ class _Canonicalizer:
         if not isinstance(submodule, fx.GraphModule):
             return submodule
         if submodule not in self.submodules:
-            self.submodules[submodule] = result = _Canonicalizer(submodule, self.gradients, self.submodules).run()
+            self.submodules[submodule] = result = _Canonicalizer(
+                submodule, self.submodules, gradients=self.gradients, exact=self.exact
+            ).run()
             self.submodules[result] = result
             self.modified |= result is not submodule
         return self.submodules[submodule]
@@ -243,6 +240,8 @@ class _Canonicalizer:
             return self.view(source, dim, entry, node)
         root, region = part
         found, written = self.history.find(root, region)
+        if written is not None and not self.may_move(node, tensor(root), region):
+            found, written = root, None
         if written is None and found is root:
             made = self.view(source, dim, entry, node)
             self.history.note_part(made, root, region)
@@ -252,9 +251,25 @@ class _Canonicalizer:
             self.history.note_part(made, found, region)
         return self.laid_out(made, spec, node)
 
+    def may_move(self, node: fx.Node, array: TensorSpec, region: Region) -> bool:
+        """Whether ``node``, an array at ``region``, may be read from a tensor of its own.
+
+        Where alignment may matter it may if all positions of the array are aligned as a tensor is: some would not do,
+        for then one loop would read its array in two ways.
+        """
+        if not self.exact or self.needs.of(node) < Need.ALIGNMENT:
+            return True
+        return all(
+            entry is None or stride * array.dtype.itemsize % _ALIGNMENT == 0
+            for entry, stride in zip(region, array.stride, strict=True)
+        )
+
     def laid_out(self, made: fx.Node, spec: TensorSpec, node: fx.Node) -> fx.Node:
         """``made`` in ``spec``'s memory layout, if something that reads it may round by layout."""
-        if _same_layout(tensor(made), spec) or all(user.target in _BY_ELEMENT for user in node.users):
+        need = self.needs.of(node) if self.exact else Need.ELEMENTS
+        if need is Need.ELEMENTS or (
+            _same_layout(tensor(made), spec) and (need is Need.LAYOUT or owns_memory(made))
+        ):
             return made
         return self.emit(restride, (made, spec.stride), spec, site_of(node))
 
@@ -348,6 +363,8 @@ class _Canonicalizer:
         source = args[0]
         before, after = tensor(source), tensor(node)
         if node in self.escaping or (before.dtype, before.device) != (after.dtype, after.device):
+            return None
+        if self.exact and self.needs.of(node) is Need.ALIGNMENT and not owns_memory(source):
             return None
         return source if _same_layout(before, after) else None  # type: ignore[no-any-return]
 

@@ -264,8 +264,10 @@ class _Roller:
                 if (position, step) in rolled.result:
                     made = self.emit_result(loop, position, step)
                 else:
+                    # The row is copied: the unrolled program's value lies in memory of its own, aligned.
                     args = (self.emit_result(loop, position, None), 0, step)
-                    made = self.emit(_aten.select.int, args, spec_of(node), site_of(node))
+                    row = self.emit(_aten.select.int, args, spec_of(node), site_of(node))
+                    made = self.emit(_aten.clone.default, (row,), spec_of(node), site_of(node))
                 self.values[reference] = made
                 return made
         base, dim, index = (int(a[reference]) for a in (tape.select_base, tape.select_dim, tape.select_index))

@@ -1,0 +1,230 @@
+"""Choosing each recurrence's method by timing the lawful ones on the recorded run's own operands.
+
+The contract decides what is lawful: bits (``rtol = atol = 0``), or an update and a residual within the tolerance.
+Sequential is always a candidate; a method that had to fall back, or that is slower, is not taken.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from fxjacobi.certificate import Certificate
+from fxjacobi.loops import Carried, Kind, Loop
+from fxjacobi.methods.affine import Affine
+from fxjacobi.methods.anderson import Anderson
+from fxjacobi.methods.candidates import candidates
+from fxjacobi.methods.chunked import Chunked
+from fxjacobi.methods.damped import Damped
+from fxjacobi.methods.jacobi import Jacobi
+from fxjacobi.methods.method import Contract
+from fxjacobi.methods.newton import Newton
+from fxjacobi.methods.picard import Picard
+from fxjacobi.methods.quasi_newton import QuasiNewton
+from fxjacobi.methods.sequential import Sequential
+from fxjacobi.methods.windowed import Windowed
+from fxjacobi.passes.replace_blocks import replace_blocks
+from fxjacobi.plan import Candidate
+from fxjacobi.solve import lawful
+from fxjacobi.solved_loop import SolvedLoop
+from fxjacobi.system import System
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fxjacobi.methods.method import Method
+    from fxjacobi.options import Options
+
+__all__ = ["METHOD_OF_NAME", "Chosen", "choose_methods"]
+
+METHOD_OF_NAME: dict[str, type[Method]] = {
+    "sequential": Sequential,
+    "jacobi": Jacobi,
+    "windowed": Windowed,
+    "chunked": Chunked,
+    "newton": Newton,
+    "quasi_newton": QuasiNewton,
+    "damped": Damped,
+    "picard": Picard,
+    "anderson": Anderson,
+    "affine": Affine,
+}
+
+_OTHER_CONTRACT = 1e-5
+"""The tolerance whose gain an exact plan states."""
+
+_SHORTEST = 32
+"""Steps under which no method was seen to gain on a recurrence."""
+
+
+@dataclass
+class Chosen:
+    """What was measured for one loop."""
+
+    method: Method
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+    would_gain: str = ""
+
+
+def choose_methods(
+    module: fx.GraphModule, operands: Sequence[Any], options: Options
+) -> tuple[fx.GraphModule, dict[int, Chosen]]:
+    """Return ``module`` with each bare recurrence solved by the method chosen for it, and the choices by loop identity.
+
+    Args:
+        module: The graph after the block passes.
+        operands: The recorded run's inputs, on which candidates are timed.
+        options: The contract, a forced method, and the seconds that measuring may take.
+    """
+    loops = [m for m in module.children() if isinstance(m, Loop) and m.kind is Kind.RECURRENCE]
+    if not loops or (options.method == "auto" and not any(_worth(loop) for loop in loops)):
+        return module, {}
+    chosen: dict[int, Chosen] = {}
+    deadline = time.perf_counter() + options.budget_s
+
+    class _Measure(fx.Interpreter):
+        def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            block = self.fetch_attr(target)
+            if isinstance(block, Loop) and block.kind is Kind.RECURRENCE and id(block) not in chosen:
+                share = max(0.0, deadline - time.perf_counter()) / (len(loops) - len(chosen))
+                chosen[id(block)] = _choose(block, args, options, share)
+            return super().call_module(target, args, kwargs)
+
+    with torch.no_grad():
+        _Measure(module).run(*operands)
+
+    def replace(loop: Loop, node: fx.Node) -> nn.Module:
+        choice = chosen.get(id(loop))
+        if choice is None or isinstance(choice.method, Sequential):
+            return loop
+        contract = Contract(options.rtol, options.atol)
+        solved = SolvedLoop(loop, choice.method, contract, memory_limit=options.memory_limit)
+        solved.reason = choice.reason
+        return solved
+
+    return replace_blocks(module, replace).module, chosen
+
+
+def _worth(loop: Loop) -> bool:
+    return loop.trip_count >= _SHORTEST
+
+
+def _choose(loop: Loop, operands: Sequence[Any], options: Options, seconds: float) -> Chosen:
+    contract = Contract(options.rtol, options.atol)
+    if options.method != "auto":
+        return _forced(loop, operands, options, contract)
+    if not _worth(loop):
+        return Chosen(Sequential(), f"only {loop.trip_count} steps")
+    begun = time.perf_counter()
+    loop(*operands)
+    sequential = time.perf_counter() - begun
+    stated = Candidate("sequential", sequential, loop.trip_count, note="the ordinary order")
+    if options.exact:
+        reason = "each step needs the one before, and batched rounding would change bits"
+        gain = _would_gain(loop, operands, sequential, seconds / 2)
+        return Chosen(Sequential(), reason, (stated,), gain)
+    method, best, measured = _fastest(loop, operands, contract, options, sequential, seconds)
+    if isinstance(method, Sequential):
+        return Chosen(method, "no lawful method was faster than the ordinary order", (stated, *measured))
+    reason = f"{sequential / best:.1f} times faster than its {loop.trip_count} steps in order"
+    return Chosen(method, reason, (stated, *measured))
+
+
+def _fastest(
+    loop: Loop, operands: Sequence[Any], contract: Contract, options: Options, sequential: float, seconds: float
+) -> tuple[Method, float, list[Candidate]]:
+    deadline = time.perf_counter() + seconds
+    system = System(loop, tuple(operands), memory_limit=options.memory_limit)
+    best: tuple[Method, float] = (Sequential(), sequential)
+    rows: list[Candidate] = []
+    for method in candidates(loop, False, system=system, contract=contract):
+        if isinstance(method, Sequential):
+            continue
+        if time.perf_counter() > deadline:
+            rows.append(Candidate(method.name, note="not measured: the budget was spent"))
+            continue
+        row, time_s = _time(loop, operands, method, contract, options, best[1], deadline)
+        rows.append(row)
+        if time_s is not None and time_s < best[1]:
+            best = (method, time_s)
+    return best[0], best[1], rows
+
+
+def _time(
+    loop: Loop,
+    operands: Sequence[Any],
+    method: Method,
+    contract: Contract,
+    options: Options,
+    best: float,
+    deadline: float,
+) -> tuple[Candidate, float | None]:
+    """Time one method: a first solve, which also warms up, and up to three more while it is in the race."""
+    solved = SolvedLoop(loop, method, contract, memory_limit=options.memory_limit)
+    times: list[float] = []
+    while len(times) < 4:
+        begun = time.perf_counter()
+        solved(*operands)
+        times.append(time.perf_counter() - begun)
+        if min(times) > 2 * best or time.perf_counter() > deadline:
+            break
+    last = solved.last
+    assert last is not None
+    median = statistics.median(times[1:] or times)
+    if last.certificate in (Certificate.FELL_BACK, Certificate.SEQUENTIAL):
+        return Candidate(method.name, median, last.sweeps, note=last.certificate.value), None
+    return Candidate(method.name, median, last.sweeps), median
+
+
+def _would_gain(loop: Loop, operands: Sequence[Any], sequential: float, seconds: float) -> str:
+    """What the likeliest method gains at a tolerance of 1e-5, if the loop is long enough to ask."""
+    if not _has_float_state(loop) or sequential > seconds or seconds <= 0:
+        return ""
+    contract = Contract(_OTHER_CONTRACT, 0.0)
+    system = System(loop, tuple(operands))
+    likely = next(iter(candidates(loop, False, system=system, contract=contract)), None)
+    if likely is None or isinstance(likely, Sequential):
+        return ""
+    from fxjacobi.options import Options
+
+    deadline = time.perf_counter() + seconds
+    row, median = _time(loop, operands, likely, contract, Options(rtol=_OTHER_CONTRACT), sequential, deadline)
+    if median is None or median >= sequential:
+        return ""
+    return f"exact: sequential; at rtol={_OTHER_CONTRACT:g}: {row.method}, {sequential / median:.1f}x on this block"
+
+
+def _forced(loop: Loop, operands: Sequence[Any], options: Options, contract: Contract) -> Chosen:
+    kind = METHOD_OF_NAME[options.method]
+    method: Method | None = None
+    if not options.exact:
+        system = System(loop, tuple(operands), memory_limit=options.memory_limit)
+        method = next(
+            (m for m in candidates(loop, False, system=system, contract=contract) if isinstance(m, kind)), None
+        )
+    method = method if method is not None else _default(kind, loop)
+    if not lawful(method, loop, contract):
+        return Chosen(Sequential(), f"{options.method} was asked for, and is not lawful here under this contract")
+    return Chosen(method, f"{options.method} was asked for")
+
+
+def _default(kind: type[Method], loop: Loop) -> Method:
+    if kind is Windowed:
+        return Windowed(min(64, loop.trip_count))
+    if kind is Chunked:
+        return Chunked(max(1, min(32, loop.trip_count // 2)))
+    return kind()
+
+
+def _has_float_state(loop: Loop) -> bool:
+    placeholders = [node for node in loop.body.graph.nodes if node.op == "placeholder"]
+    return any(
+        isinstance(binding, Carried) and node.meta["spec"] is not None and node.meta["spec"].dtype.is_floating_point
+        for node, binding in zip(placeholders, loop.bindings, strict=True)
+    )
