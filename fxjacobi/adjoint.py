@@ -101,7 +101,7 @@ class Adjoint:
         for (_, binding), value in zip(self.carries, later, strict=True):
             position = self.outputs.index(binding.output)
             totals[position] = totals[position] + value
-        _, transposed = torch.func.vjp(outputs, *(arguments[i] for i, _ in self.carries))
+        transposed: Any = torch.func.vjp(outputs, *(arguments[i] for i, _ in self.carries))[1]
         return tuple(transposed(tuple(totals)))
 
     def gradients(

@@ -28,6 +28,7 @@ from fxjacobi.methods.picard import Picard
 from fxjacobi.methods.quasi_newton import QuasiNewton
 from fxjacobi.methods.sequential import Sequential
 from fxjacobi.methods.windowed import Windowed
+from fxjacobi.ops import write
 from fxjacobi.passes.replace_blocks import replace_blocks
 from fxjacobi.plan import Candidate
 from fxjacobi.solve import lawful
@@ -101,7 +102,11 @@ def choose_methods(
 
     def replace(loop: Loop, node: fx.Node) -> nn.Module:
         choice = chosen.get(id(loop))
-        if choice is None or isinstance(choice.method, Sequential):
+        if choice is None:
+            return loop
+        if isinstance(choice.method, Sequential):
+            before = getattr(loop, "reason", "") if any(n.target is write for n in loop.body.graph.nodes) else ""
+            loop.reason = "; ".join(part for part in (choice.reason, before) if part)
             return loop
         contract = Contract(options.rtol, options.atol)
         solved = SolvedLoop(loop, choice.method, contract, memory_limit=options.memory_limit)

@@ -37,7 +37,7 @@ _ACCUMULATED = 1000.0  # tolerances that errors of single steps may add up to in
 
 _log = logging.getLogger(__name__)
 
-_CLEAR_GAIN = 3.0  # a solve this much faster than one run of the original needs no second to be sure
+_CLEAR = 2.0  # a ratio of times beyond which one pair of runs is enough to be sure
 
 
 def specialise(
@@ -124,9 +124,9 @@ class _Compilation:
             result.retire("every block runs in the ordinary order, so nothing is gained")
             return result
         try:
-            self._check(result)
+            first_s = self._check(result)
             if self.options.measure:
-                self._decide(result)
+                self._decide(result, first_s)
         except GuardFailed as failure:
             result.retire(f"the run's own guards do not hold on its own data ({failure})")
         return result
@@ -199,24 +199,28 @@ class _Compilation:
                 return f"output {position} is off by {error:.3g}, more than {bound:.3g}"
         return None
 
-    def _check(self, result: Specialisation) -> None:
-        """Compare with the recorded run; demote every block that differs, and give up if that does not mend it."""
+    def _check(self, result: Specialisation) -> float:
+        """Compare with the recorded run; demote every block that differs, and give up if that does not mend it.
+
+        Returns the emitted module's wall time, in seconds.
+        """
         assert result.module is not None
-        values, _ = self._run_emitted(result.module)
+        values, seconds = self._run_emitted(result.module)
         difference = self._differs(values)
         if difference is None:
-            return
+            return seconds
         demoted = self._demote(result.module)
         if demoted:
             names = ", ".join(demoted)
             warnings.warn(ExactnessWarning(f"{names}: first result differed, so it runs sequentially"), stacklevel=6)
             blocks, edges = plan_of_graph(result.module)
             result.plan = replace(result.plan, blocks=blocks, edges=edges)
-            values, _ = self._run_emitted(result.module)
+            values, seconds = self._run_emitted(result.module)
             difference = self._differs(values)
         if difference is not None:
             warnings.warn(ExactnessWarning(f"the model runs as it is: {difference}"), stacklevel=6)
             result.retire(f"the first result differed from the recorded run: {difference}")
+        return seconds
 
     def _demote(self, module: fx.GraphModule) -> list[str]:
         """Replace each block whose results differ from its loop's by the loop; return their names."""
@@ -249,20 +253,24 @@ class _Compilation:
 
     # -- the decision: is it faster? -------------------------------------------------------------------------------
 
-    def _decide(self, result: Specialisation) -> None:
-        """Keep the emitted module only if it is measured to be faster than the original."""
+    def _decide(self, result: Specialisation, first_s: float) -> None:
+        """Keep the emitted module only if it is measured to be faster than the original.
+
+        ``first_s`` is the time of its first run, the check; a clear case is decided by one run more.
+        """
         if result.module is None:
             return
         begun = time.perf_counter()
-        _, solved = self._run_emitted(result.module)
-        ordinary = self.capture.ordinary_s
-        if ordinary < self.options.budget_s:  # else the recorded run's own time, less the recorder's, has to do
-            ordinary_times, solved_times = [self._run_original()], [solved]
-            clear = solved * _CLEAR_GAIN < ordinary_times[0]
-            while not clear and len(solved_times) < 5 and time.perf_counter() - begun < self.options.budget_s:
+        solved_times, ordinary_times = [first_s], [self.capture.ordinary_s]
+        if self.capture.ordinary_s < self.options.budget_s:  # else the recorded run, less the recorder, has to do
+            ordinary_times = [self._run_original()]
+            while len(solved_times) < 6 and (len(solved_times) < 2 or time.perf_counter() - begun < self.options.budget_s):
                 solved_times.append(self._run_emitted(result.module)[1])
+                ratio = min(solved_times) / min(ordinary_times)
+                if not 1 / _CLEAR < ratio < _CLEAR:
+                    break
                 ordinary_times.append(self._run_original())
-            ordinary, solved = statistics.median(ordinary_times), statistics.median(solved_times)
+        ordinary, solved = statistics.median(ordinary_times), statistics.median(solved_times[1:] or solved_times)
         result.plan = replace(result.plan, ordinary_s=ordinary, solved_s=solved)
         if solved >= 0.97 * ordinary:
             result.retire(f"measured {solved * 1e3:.3f} ms against {ordinary * 1e3:.3f} ms for the ordinary run")

@@ -164,21 +164,28 @@ class _Frame:
 
     def step_value(self, node: fx.Node, replica: int, step: int) -> Any:
         """Return ``node`` at one step, run by itself."""
-        key = (node, replica, step)
-        if key not in self.memory:
-            found = self.values.get(node)
-            if found is not None and node.op == "placeholder":
-                return found.steps(replica, step)
-            args: Any = fx.map_arg(node.args, lambda n: self.step_value(n, replica, step))
-            kwargs: Any = fx.map_arg(node.kwargs, lambda n: self.step_value(n, replica, step))
-            function: Any = node.target
-            if node.op == "call_module":
-                function = self.body.get_submodule(str(node.target))
-            try:
-                self.memory[key] = function(*args, **kwargs)
-            except _MISFITS as misfit:
-                raise _Unmeasurable(f"{node.name} does not run on random data: {misfit}") from misfit
-        return self.memory[key]
+        pending = [node]
+        while pending:
+            key = (pending[-1], replica, step)
+            missing = [n for n in pending[-1].all_input_nodes if (n, replica, step) not in self.memory]
+            if key in self.memory:
+                pending.pop()
+            elif pending[-1].op == "placeholder":
+                self.memory[key] = self.values[pending.pop()].steps(replica, step)
+            elif missing:
+                pending.extend(missing)
+            else:
+                self.memory[key] = self._run_step(pending.pop(), replica, step)
+        return self.memory[node, replica, step]
+
+    def _run_step(self, node: fx.Node, replica: int, step: int) -> Any:
+        args: Any = fx.map_arg(node.args, lambda n: self.memory[n, replica, step])
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: self.memory[n, replica, step])
+        function: Any = self.body.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        try:
+            return function(*args, **kwargs)
+        except _MISFITS as misfit:
+            raise _Unmeasurable(f"{node.name} does not run on random data: {misfit}") from misfit
 
     def run(self) -> tuple[_Value, ...]:
         """Batch every node and return the outputs."""
@@ -366,15 +373,14 @@ class _Batcher:
 
     def _key(self, operation: Operation, tensors: Sequence[Any]) -> object:
         """Everything that a way's bits and speed can depend on; ``None`` where that is too much."""
-        if operation.node.op != "call_function":
+        if operation.node.op != "call_function" or self.candidates is not ways_of:
             return None
         names = {n: f"{operation.roles[n].name}{i}" for i, n in enumerate(operation.node.all_input_nodes)}
         args: Any = fx.map_arg((operation.node.args, operation.node.kwargs), lambda n: names[n])
         literals = tuple((names[n], v) for n, v in operation.literals.items())
         layouts = tuple(spec_of_value(t) for t in tensors)
         single = tuple(spec_of(n) for n in operation.inputs)
-        ways = getattr(self.candidates, "__qualname__", repr(self.candidates))
-        context = (operation.steps, self.exact, torch.get_num_threads(), torch.is_grad_enabled(), ways)
+        context = (operation.steps, self.exact, torch.get_num_threads())
         return repr((str(operation.node.target), args, literals, layouts, single, context))
 
 

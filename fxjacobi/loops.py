@@ -136,6 +136,7 @@ class Loop(nn.Module):
         trip_count: Number of steps ``T >= 1``.
         bindings: One for each placeholder of ``body``, in order.
         results: What the loop returns, as a tuple.
+        reason: Why it runs step by step, where a pass has looked for something better.
     """
 
     def __init__(
@@ -144,8 +145,10 @@ class Loop(nn.Module):
         trip_count: int,
         bindings: Sequence[Binding],
         results: Sequence[Result],
+        reason: str = "",
     ) -> None:
         super().__init__()
+        self.reason = reason
         self.body = body
         self.trip_count = trip_count
         self.bindings = tuple(bindings)
@@ -198,6 +201,10 @@ class Loop(nn.Module):
         for step in range(self.trip_count):
             outputs.append(self.body(*self.bind(operands, step, outputs)))
         return self.collect(outputs)
+
+    def with_reason(self, reason: str) -> Loop:
+        """Return the same loop, saying why it stays as it is."""
+        return Loop(self.body, self.trip_count, self.bindings, self.results, reason)
 
     @property
     def kind(self) -> Kind:

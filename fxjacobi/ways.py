@@ -457,6 +457,8 @@ def _mapped(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]:
     finally:
         fallback._set_vmap_fallback_enabled(enabled)
     graph = lowered.graph
+    if any(node.op == "get_attr" for node in graph.nodes):
+        return
     output = graph.output_node()
     output.args = (_as_value(operation, output.args[0]),)  # type: ignore[arg-type]
     lowered.recompile()

@@ -8,7 +8,7 @@ def pipeline(options: Any, *, gradients: bool) -> Any:
     """Temporary: the passes that exist so far."""
     found = []
     for module, name, fields in (
-        ("canonicalize", "Canonicalize", {"gradients": gradients}),
+        ("canonicalize", "Canonicalize", {"gradients": gradients, "exact": options.exact}),
         ("hoist_random", "HoistRandom", {}),
         ("eliminate", "Eliminate", {}),
         ("roll_loops", "RollLoops", {}),

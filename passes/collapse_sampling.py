@@ -17,25 +17,25 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
 
 from fxjacobi import ops
 from fxjacobi.array_programs import programs
+from fxjacobi.batched import BatchedMap
 from fxjacobi.causal_rules.domain import Value, constant
 from fxjacobi.causal_rules.interpreter import interpret
 from fxjacobi.causal_rules.registry import Context, fill, overloads
 from fxjacobi.causality import CausalityProof, Refusal, prove
-from fxjacobi.graph import TensorSpec, spec_of
-from fxjacobi.loops import Loop, Table
+from fxjacobi.emit import dense_stride
+from fxjacobi.exactness import choose_ways
+from fxjacobi.graph import Spec, TensorSpec, spec_of
+from fxjacobi.loops import Invariant, Loop, Scanned, Table
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.replace_blocks import replace_blocks
 from fxjacobi.sampling import JacobiWrites
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["CollapseSampling"]
 
@@ -51,12 +51,12 @@ class CollapseSampling(Pass):
 
     Args:
         window: Update only so many steps at a time (GS-Jacobi); ``None``: all.
-        batch: Turns the tail, a Map loop over the steps, into a module that runs all steps at once with the same bits.
+        exact: Whether the tail's equations, run batched, must have the bits of the single steps.
     """
 
     name: ClassVar[str] = "collapse_sampling"
     window: int | None = None
-    batch: Callable[[Loop], nn.Module] | None = None
+    exact: bool = True
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Replace every loop that is proven causal."""
@@ -79,9 +79,24 @@ class CollapseSampling(Pass):
             outcome,
             window=self._window(outcome),
             restrided=layout_matters(outcome),
-            batch=self.batch,
+            batch=self._batched,
             watched=watched,
         )
+
+    def _batched(self, tail: Loop) -> nn.Module:
+        """Return the tail as one batched call, or as it is where that has other bits or gains nothing."""
+        placeholders = [node for node in tail.body.graph.nodes if node.op == "placeholder"]
+        operands: list[Spec | torch.Tensor] = []
+        for node, binding in zip(placeholders, tail.bindings, strict=True):
+            spec = spec_of(node)
+            if isinstance(binding, Scanned) and isinstance(spec, TensorSpec):
+                shape = (tail.trip_count, *spec.shape)
+                operands.append(TensorSpec(shape, spec.dtype, spec.device, dense_stride(shape)))
+            elif isinstance(binding, Invariant):
+                operands.append(spec)
+        batching = choose_ways(tail, operands, exact=self.exact)
+        _log.debug("tail: %s", batching)
+        return tail if batching.module is None else BatchedMap(tail, batching.module, batching.reason)
 
     def _window(self, proof: CausalityProof) -> int | None:
         """The window asked for, where the tail can do with one."""
@@ -97,10 +112,7 @@ class CollapseSampling(Pass):
 
 def _with_reason(loop: Loop, refusal: Refusal) -> Loop:
     """Return a loop that says why it was not collapsed."""
-    kept = Loop(loop.body, loop.trip_count, loop.bindings, loop.results)
-    setattr(kept, "reason", f"not collapsed: {refusal}")  # noqa: B010 - read by fxjacobi.blocks, no field of a loop
-    setattr(kept, "refusal", refusal)  # noqa: B010
-    return kept
+    return loop.with_reason(f"not collapsed: {refusal}")
 
 
 def operand_values(module: fx.GraphModule, loop: Loop, node: fx.Node, *, parameters: bool) -> list[Value]:
