@@ -94,7 +94,7 @@ class Capture:
         ordinary_s: The run's wall time less the recorder's own, in seconds.
         elapsed_s: The run's wall time, in seconds.
         operations: Number of operations recorded.
-        gradients: Whether the run built an autograd graph.
+        gradients: Whether something that the run returned or left behind requires gradients.
         draws: Whether the run drew random numbers.
         undifferentiable: Why an emitted module would not have the run's gradients, if it would not.
     """
@@ -315,6 +315,8 @@ class _Finish:
             if region.tensor is not None and region.version
         ]
         states, attribute_effects = self._state()
+        # A sampler under its own no_grad() is called with gradients on; what counts is what comes out.
+        gradients = recorder.gradients and any(t.requires_grad for t in self.results)
         graph.output(tuple(self.values))
         operations = len(recorder.memory.nodes)
         self.outliner.finish(self.root)
@@ -333,9 +335,9 @@ class _Finish:
             ordinary_s=max(elapsed - recorder.overhead_s, 1e-9),
             elapsed_s=elapsed,
             operations=operations,
-            gradients=recorder.gradients,
+            gradients=gradients,
             draws=any(is_random(node) for node in graph.nodes),
-            undifferentiable=recorder.undifferentiable,
+            undifferentiable=recorder.undifferentiable if gradients else None,
         )
 
     def _check_inputs(self, specs: Any) -> None:

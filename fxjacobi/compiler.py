@@ -169,7 +169,7 @@ class _Compilation:
     def _run_emitted(self, module: fx.GraphModule) -> tuple[Sequence[torch.Tensor], float]:
         operands = self._operands()
         self.before.restore()
-        with self._memory_before(), torch.set_grad_enabled(self.capture.gradients and torch.is_grad_enabled()):
+        with self._memory_before(), torch.set_grad_enabled(self.capture.gradients):
             start = time.perf_counter()
             values = module(*operands)
             return values, time.perf_counter() - start
@@ -247,7 +247,7 @@ class _Compilation:
 
         operands = self._operands()
         self.before.restore()
-        with self._memory_before(), torch.set_grad_enabled(self.capture.gradients and torch.is_grad_enabled()):
+        with self._memory_before(), torch.set_grad_enabled(self.capture.gradients):
             _Compare(module).run(*operands)
         return demoted
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -131,7 +132,7 @@ class _Search:
         for period in _periods(tape.labels[self.low : self.high], self.minimum_trips):
             self.push_runs(period)
         while self.heap:
-            coverage, period, verified, start, stop = heapq.heappop(self.heap)
+            _, period, verified, start, stop = heapq.heappop(self.heap)
             free_start, free_stop = self.largest_free(start, stop)
             if (free_start, free_stop) != (start, stop):
                 self.push(period, verified, free_start, free_stop)
@@ -248,7 +249,8 @@ def _consistent(tape: Tape, start: int, stop: int, period: int) -> tuple[list[tu
 def _rotate(tape: Tape, start: int, stop: int, period: int, minimum_trips: int) -> Repeat:
     """Choose where in ``[start, stop)`` iterations begin: where the fewest values live on into the next.
 
-    A cut between an operation of several outputs and the ``getitem`` that unpacks it would carry a tuple; one
+    Of equals it is that by which the last iteration ends with the stretch: first iterations differ more often than last
+    ones. A cut between an operation of several outputs and the ``getitem`` that unpacks it would carry a tuple; one
     iteration is given up where that avoids it.
     """
     trips, slack = divmod(stop - start, period)
@@ -265,6 +267,8 @@ def _rotate(tape: Tape, start: int, stop: int, period: int, minimum_trips: int) 
     cost = np.full(period, int((life // period * weight).sum()))
     for at in np.flatnonzero(life % period).tolist():
         cost[(at + 1 + np.arange(life[at] % period)) % period] += weight[at]
+    cost = 2 * cost + 1
+    cost[slack] -= 1
     shift = int(np.argmin(cost[: slack + 1]))
     if cost[shift] >= 1 << 20 and trips > minimum_trips:
         trips -= 1
@@ -276,7 +280,7 @@ def indices_of(values: Integers) -> Sequence[int]:
     """``values`` as a range if they are affine, else as a tuple."""
     items: list[int] = values.tolist()
     step = items[1] - items[0] if len(items) > 1 else 1
-    if step and all(b - a == step for a, b in zip(items, items[1:], strict=False)):
+    if step and all(b - a == step for a, b in itertools.pairwise(items)):
         return range(items[0], items[-1] + (1 if step > 0 else -1), step)
     return tuple(items)
 
@@ -302,7 +306,7 @@ def classify(tape: Tape, repeat: Repeat) -> Dataflow:
     nodes = np.arange(start, repeat.stop).reshape(trips, period)
     sliced: dict[int, Sliced] = {}
     base = tape.select_base[nodes]
-    for position in np.flatnonzero(np.all(base == base[0], axis=0) & (base[0] < start)).tolist():
+    for position in np.flatnonzero(np.all(base == base[:1], axis=0) & (base[0] < start)).tolist():
         found = _sliced(tape, nodes[:, position], start)
         if found is not None:
             sliced[position] = found

@@ -14,7 +14,7 @@ from fxjacobi.loops import Invariant, Loop
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["sample_operands"]
+__all__ = ["sample", "sample_operands"]
 
 _SPECIAL = (math.inf, -math.inf, math.nan, -0.0, 1e-40, 88.0, -104.0)
 
@@ -37,6 +37,11 @@ def sample_operands(loop: Loop, operands: Sequence[Spec | torch.Tensor], seed: i
         else:
             raise TypeError(f"operand {index} is no tensor")
     return samples
+
+
+def sample(spec: TensorSpec, seed: int) -> torch.Tensor:
+    """Return one random tensor."""
+    return _sample(spec, torch.Generator().manual_seed(seed), shared=False, special=False)
 
 
 def _sample(spec: TensorSpec, generator: torch.Generator, *, shared: bool, special: bool) -> torch.Tensor:

@@ -81,7 +81,8 @@ class Specialisation:
             return self.original(*args, **kwargs)
         state = RandomState.save() if self.guarded and self.capture.draws else None
         try:
-            values = self.module(*tensors, *(_read(s) for s in self.capture.states))
+            with torch.set_grad_enabled(self.capture.gradients):
+                values = self.module(*tensors, *(_read(s) for s in self.capture.states))
         except GuardFailed as failure:
             reason = f"a branch of the recorded run goes the other way: {failure}"
         except Exception as error:  # noqa: BLE001 - the original meets it again and raises it as the user's own

@@ -16,10 +16,10 @@ from torch import fx
 from torch._C import _functorch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxjacobi import batched
-from fxjacobi.emit import rebuilt
+from fxjacobi import batched, ops
+from fxjacobi.emit import is_dense, rebuilt
 from fxjacobi.graph import TensorSpec, spec_of, stamp
-from fxjacobi.loops import Invariant, Literal, Loop, Scanned, Stacked
+from fxjacobi.loops import Invariant, Literal, Loop, Scanned, Stacked, align_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,9 +37,11 @@ class Way(Enum):
     DIRECT = "the operation itself, on the stacked values"
     FLATTENED = "the steps folded into the rows or the batch of one call"
     BATCHED_MATMUL = "one slice a step of a batched matrix product"
+    ALIGNED_MATMUL = "the same, each slice aligned in memory as a tensor of its own"
     GATHERED = "one gather in place of T indexings"
     MAPPED = "the operation under torch.func.vmap"
     ROWS_APART = "one strided row a step, so that each has its own scalar tail"
+    INTERCHANGED = "the inner loop once, each of its steps for all outer steps"
     ONE_BY_ONE = "step by step, then stacked"
 
 
@@ -73,6 +75,11 @@ class Operation:
     def inputs(self) -> tuple[fx.Node, ...]:
         """The tensors it reads."""
         return tuple(n for n in self.node.all_input_nodes if self.roles[n] is not Role.LITERAL)
+
+    @property
+    def tensors(self) -> tuple[fx.Node, ...]:
+        """Those of its inputs that are tensors; a number that is the same at every step is none."""
+        return tuple(n for n in self.inputs if isinstance(spec_of(n), TensorSpec))
 
     @property
     def has_literals(self) -> bool:
@@ -187,14 +194,14 @@ def _arguments(operation: Operation, env: _Env) -> tuple[tuple[Any, ...], dict[s
 
 
 def _rank(operation: Operation) -> int:
-    return max(len(operation.shape(n)) for n in operation.inputs)
+    return max(len(operation.shape(n)) for n in operation.tensors)
 
 
 def _with_rank(operation: Operation, node: fx.Node, env: _Env, rank: int) -> Any:
     """Put ones between a batched value's steps and its own dimensions, so that it broadcasts as at one step."""
-    shape = operation.shape(node)
-    if operation.roles[node] is Role.UNIFORM or len(shape) == rank:
+    if operation.roles[node] is Role.UNIFORM or len(operation.shape(node)) == rank:
         return env[node]
+    shape = operation.shape(node)
     return aten.reshape.default(env[node], [operation.steps, *[1] * (rank - len(shape)), *shape])
 
 
@@ -216,7 +223,7 @@ def _rows_apart(operation: Operation, env: _Env) -> Any:
 
 def _expanded(operation: Operation, node: fx.Node, env: _Env) -> Any:
     """Return ``node`` with a leading dimension of T, whatever its role."""
-    if operation.roles[node] is Role.BATCHED:
+    if operation.roles[node] is Role.BATCHED or node not in operation.tensors:
         return env[node]
     return aten.expand.default(env[node], [operation.steps, *operation.shape(node)])
 
@@ -229,13 +236,15 @@ def _shifted(operation: Operation) -> fx.GraphModule | None:
     named |= operation.node.kwargs
     # These return as many dimensions as ``dim`` may count, plus one.
     grows = target in (aten.unsqueeze.default, aten.stack.default)
-    rank = len(operation.shape(operation.inputs[0])) + grows
+    rank = len(operation.shape(operation.tensors[0])) + grows
     if rank == 0 and any(name in _DIMENSIONS for name in named):
         return None
     for argument in target._schema.arguments:
         if argument.name in _DIMENSIONS and argument.name not in named and argument.has_default_value():
             named[argument.name] = argument.default_value
     for name, value in named.items():
+        if isinstance(value, fx.Node) and value not in operation.tensors and name in _DIMENSIONS | _SIZES:
+            return None
         if name in _DIMENSIONS:
             if value is None or (isinstance(value, (list, tuple)) and not value):
                 return None
@@ -252,7 +261,7 @@ def _shifted(operation: Operation) -> fx.GraphModule | None:
     def build(env: _Env) -> Any:
         everywhere = {n: _expanded(operation, n, env) for n in operation.inputs}
         if target is aten.expand.default:
-            node = operation.inputs[0]
+            node = operation.tensors[0]
             ones = len(operation.shape(operation.node)) - len(operation.shape(node))
             everywhere[node] = aten.reshape.default(
                 everywhere[node], [operation.steps, *[1] * ones, *operation.shape(node)]
@@ -362,8 +371,8 @@ def _products(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]:
             return aten.mm.default(env[right], turned)
         return aten.addmm.default(env[bias], env[right], turned, **kwargs)
 
-    def slices(env: _Env) -> Any:
-        a, b = _expanded(operation, left, env), _expanded(operation, right, env)
+    def slices(env: _Env, align: Callable[[fx.Node, Any], Any] = lambda _node, value: value) -> Any:
+        a, b = (align(n, _expanded(operation, n, env)) for n in (left, right))
         if vector:
             b = aten.unsqueeze.default(b, 2)
         if bias is None:
@@ -380,14 +389,23 @@ def _products(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]:
         yield Way.FLATTENED, _graph(operation, vectors)
     yield Way.BATCHED_MATMUL, _graph(operation, slices)
 
+    def aligned(node: fx.Node, value: Any) -> Any:
+        return _record(align_rows, value) if operation.roles[node] is Role.BATCHED else value
 
-def _single(operation: Operation, *, literals: bool) -> fx.GraphModule:
-    """Return the operation alone as a graph; its inputs are placeholders, literals too if asked."""
+    yield Way.ALIGNED_MATMUL, _graph(operation, lambda env: slices(env, aligned))
+
+
+def _single(operation: Operation, *, literals: bool = False, relaid: bool = False) -> fx.GraphModule:
+    """Return the operation alone as a graph of its inputs: literals too, and each in its own layout, if asked."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in operation.node.all_input_nodes:
         if literals or operation.roles[node] is not Role.LITERAL:
             env[node] = stamp(graph.placeholder(node.name), spec_of(node))
+            spec = spec_of(node)
+            if relaid and operation.is_batched(node) and isinstance(spec, TensorSpec) and not is_dense(spec):
+                # The stack has dense slices; the kernel of a single step saw this layout.
+                env[node] = stamp(graph.call_function(ops.restride, (env[node], spec.stride)), spec)
     copy = graph.node_copy(operation.node, env.__getitem__)
     spec = spec_of(operation.node)
     if isinstance(spec, TensorSpec) or spec is None:
@@ -410,7 +428,7 @@ def _as_value(operation: Operation, results: Sequence[Any]) -> Any:
 
 def _one_by_one(operation: Operation) -> fx.GraphModule:
     """The operation as a map of its own: its definition."""
-    single = _single(operation, literals=True)
+    single = _single(operation, literals=True, relaid=True)
     bindings: list[Binding] = []
     for node in operation.node.all_input_nodes:
         match operation.roles[node]:
@@ -432,7 +450,7 @@ def _one_by_one(operation: Operation) -> fx.GraphModule:
 
 def _mapped(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]:
     """Lower ``torch.func.vmap`` of the operation to ATen operations."""
-    single = _single(operation, literals=False)
+    single = _single(operation)
     dims = tuple(0 if operation.roles[n] is Role.BATCHED else None for n in operation.inputs)
     examples = []
     for node, dim in zip(operation.inputs, dims, strict=True):

@@ -12,7 +12,21 @@ from fxjacobi.graph import make_module
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "copy_node"]
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """Append ``node`` with other arguments to ``graph``, under its own name.
+
+    The arguments are set afterwards: ``create_node`` would search them for symbolic sizes, which takes as long again
+    as everything else.
+    """
+    copy = graph.create_node(node.op, node.target, name=node.name)
+    copy.args = args
+    if kwargs:
+        copy.kwargs = kwargs
+    copy.meta = dict(node.meta)
+    return copy
 
 
 def assemble(graph: fx.Graph, source: nn.Module, new: Mapping[str, nn.Module] | None = None) -> fx.GraphModule:

@@ -12,7 +12,7 @@ from torch import fx
 from fxjacobi.graph import Site, Spec, TensorSpec, site_of, spec_of, stamp
 from fxjacobi.layouts import dense, is_contiguous, selected
 from fxjacobi.ops import restride, write
-from fxjacobi.passes.assemble import assemble
+from fxjacobi.passes.assemble import assemble, copy_node
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.escaping import escaping
 from fxjacobi.passes.memory_effects import Need, Needs, owns_memory
@@ -39,6 +39,15 @@ _DIMENSIONS: dict[Any, int] = {
     _aten._log_softmax.default: 0,
 }
 """Operations whose second argument is a dimension, and by how much their rank exceeds their input's."""
+
+_REWRITTEN = frozenset(
+    {
+        _aten.select.int, _aten.slice.Tensor, _aten.select_scatter.default, _aten.slice_scatter.default, write,
+        _aten.clone.default, _aten._to_copy.default, _aten.unbind.int, _aten.split.Tensor,
+        _aten.split_with_sizes.default, _aten.detach.default, _aten.alias.default, _aten.lift_fresh.default,
+    }
+)  # fmt: skip
+"""The operations that rules look at, but ``getitem``, which only follows some of these."""
 
 _ALIGNMENT = 64
 """Bytes to which the allocator aligns every tensor."""
@@ -69,7 +78,25 @@ class Canonicalize(Pass):
 
 def canonicalize(module: fx.GraphModule, *, gradients: bool = False, exact: bool = True) -> fx.GraphModule:
     """Return ``module`` in canonical form (see :class:`Canonicalize`), or ``module`` itself if it is already."""
-    return _Canonicalizer(module, {}, gradients=gradients, exact=exact).run()
+    return module if _is_plain(module) else _Canonicalizer(module, {}, gradients=gradients, exact=exact).run()
+
+
+def _is_plain(module: fx.GraphModule) -> bool:
+    """Whether ``module`` holds no operation that a rule could fire on, but ``select`` as it should be."""
+    for node in module.graph.nodes:
+        target, args = node.target, node.args
+        if node.op == "call_module" and isinstance(module.get_submodule(str(target)), fx.GraphModule):
+            return False
+        if target in _DIMENSIONS and len(args) > 1 and not (isinstance(args[1], int) and args[1] >= 0):
+            return False
+        if target is _aten.select.int:
+            if not (isinstance(args[2], int) and args[2] >= 0):
+                return False
+            if isinstance(args[0], fx.Node) and args[0].target is _aten.unsqueeze.default:
+                return False
+        elif target in _REWRITTEN:
+            return False
+    return True
 
 
 class _Canonicalizer:
@@ -97,10 +124,6 @@ class _Canonicalizer:
             write: self.write,
             _aten.clone.default: self.copy,
             _aten._to_copy.default: self.copy,
-            _aten.unbind.int: self.parts,
-            _aten.split.Tensor: self.parts,
-            _aten.split_with_sizes.default: self.parts,
-            _aten.unsafe_split.Tensor: self.parts,
             _aten.detach.default: self.detach,
             _aten.alias.default: self.detach,
             _aten.lift_fresh.default: self.detach,
@@ -117,8 +140,7 @@ class _Canonicalizer:
             made = rule(node, args) if rule is not None else None
             if made is None:
                 kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
-                made = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
-                made.meta = dict(node.meta)
+                made = copy_node(self.graph, node, args, kwargs)
                 if node.op == "call_module":
                     submodule = self.submodule(self.module.get_submodule(str(node.target)))
                     new[str(node.target)] = submodule
@@ -199,10 +221,6 @@ class _Canonicalizer:
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
         assert isinstance(node.args[0], fx.Node) and isinstance(dim, int)
         return dim % len(tensor(node.args[0]).shape)
-
-    def parts(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
-        """Splits are copied as they are; their ``getitem`` nodes look through them."""
-        return None
 
     def select(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
         source, dim, position = args

@@ -10,7 +10,7 @@ from torch import fx
 from fxjacobi.graph import is_random
 from fxjacobi.loops import Loop
 from fxjacobi.ops import GUARDS
-from fxjacobi.passes.assemble import assemble
+from fxjacobi.passes.assemble import assemble, copy_node
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.escaping import escaping
 from fxjacobi.tape import literal_key
@@ -82,8 +82,7 @@ class _Eliminator:
         for node in nodes:
             if node in live:
                 args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
-                values[node] = copy = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
-                copy.meta = dict(node.meta)
+                values[node] = copy_node(graph, node, args, kwargs)
         return assemble(graph, module, new)
 
     @staticmethod

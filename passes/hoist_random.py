@@ -14,7 +14,7 @@ from fxjacobi.graph import Site, Spec, TensorSpec, is_random, site_of, spec_of, 
 from fxjacobi.layouts import contiguous_strides, dense
 from fxjacobi.loops import Loop
 from fxjacobi.ops import draw, guard
-from fxjacobi.passes.assemble import assemble
+from fxjacobi.passes.assemble import assemble, copy_node
 from fxjacobi.passes.base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -150,8 +150,7 @@ class _Hoister:
     def copy(self, node: fx.Node) -> None:
         args = fx.map_arg(node.args, self.values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
-        self.values[node] = copy = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
-        copy.meta = dict(node.meta)
+        self.values[node] = copy_node(self.graph, node, args, kwargs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
 from fxjacobi.layouts import dense, is_contiguous
 from fxjacobi.loops import Loop, Result, Stacked, Step
-from fxjacobi.passes.assemble import assemble
+from fxjacobi.passes.assemble import assemble, copy_node
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.inline_calls import inline_calls
 from fxjacobi.passes.loop_body import LoopBody
@@ -245,9 +245,7 @@ class _Roller:
 
         args = tuple(rebuild(item, leaf) for item in node.args)
         kwargs = rebuild(dict(node.kwargs), leaf)
-        copy = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
-        copy.meta = dict(node.meta)
-        return copy
+        return copy_node(self.graph, node, args, kwargs)
 
     def value(self, reference: int) -> fx.Node:
         """The node in the new graph of a value of the old one."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +28,21 @@ def windows(system: System, states: States) -> Windows:
 def differentiable(system: System) -> tuple[int, ...]:
     """Return the carries that read floating-point components; the others' Jacobian counts as zero."""
     return tuple(i for i, carry in enumerate(system.carries) if carry.before.is_floating_point())
+
+
+@cache
+def _forward_mode() -> None:
+    """Import torch's forward-mode decompositions, which script themselves and so warn of torch's own deprecation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def _jvp(function: Callable[..., States], point: Windows, tangents: Windows) -> tuple[States, States]:
+    """Return ``function(*point)`` and its derivative along ``tangents``."""
+    _forward_mode()
+    value, moved = torch.func.jvp(function, point, tangents)
+    return value, moved
 
 
 def _equations(system: System, start: int, stop: int, read: Windows) -> Callable[..., States]:
@@ -71,7 +89,7 @@ def batch_size(system: System) -> int:
         tangents = tuple(torch.zeros_like(p) for p in point)
         for tangent, value in zip(tangents, point, strict=True):
             tangent[:, sample] = noise(value[:, sample])
-        for moved in torch.func.jvp(equations, point, tangents)[1]:
+        for moved in _jvp(equations, point, tangents)[1]:
             if moved.shape[1:2] != (size,):
                 return 1
             others = (torch.arange(size) != sample).to(moved.device)
@@ -102,7 +120,7 @@ def full(system: System, read: Windows, batch: int) -> torch.Tensor:
             for column in range(size):
                 tangents = tuple(torch.zeros_like(p, memory_format=torch.contiguous_format) for p in part)
                 tangents[position].view(rows, batch, size)[:, :, column] = 1
-                moved = torch.func.jvp(equations, part, tangents)[1]
+                moved = _jvp(equations, part, tangents)[1]
                 flat = torch.cat([m.reshape(rows, batch, -1) for m in moved], dim=2)
                 result[start:stop, :, carry.distance - 1, :, offsets[carry.component] + column] += flat
     for distance in range(1, system.reach + 1):
@@ -129,7 +147,7 @@ def linear_part(system: System, read: Windows, index: int, tangent: torch.Tensor
         tangents = tuple(
             tangent[start:stop] if i == index else torch.zeros_like(p) for i, p in zip(free, part, strict=True)
         )
-        pieces.append(torch.func.jvp(equations, part, tangents)[1][own])
+        pieces.append(_jvp(equations, part, tangents)[1][own])
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 

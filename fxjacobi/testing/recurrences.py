@@ -53,10 +53,13 @@ def _inputs(steps: int, batch: int, size: int, dtype: torch.dtype, seed: int) ->
     return torch.randn(steps, batch, size, generator=generator, dtype=torch.float64).to(dtype), generator
 
 
-def _weights(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    # Drawn in float64, so that a float32 recurrence and its float64 twin hold the same weights.
-    bound = shape[-1] ** -0.5
-    return (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 * bound - bound).float().to(dtype)
+def _weights(
+    shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, scale: float = 1.0
+) -> torch.Tensor:
+    # Drawn in float64 and rounded to float32, so that a float32 recurrence and its float64 twin hold the same weights.
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    weights = (2 * uniform - 1) * scale * shape[-1] ** -0.5
+    return weights.float().to(dtype)
 
 
 def rnn(
@@ -72,7 +75,7 @@ def rnn(
         return (torch.tanh(torch.ops.aten.mm(h, w.t()) + x),)
 
     body = traced_body(step, (operands[0], operands[1][0], operands[2]))
-    bindings = [Carried(0, 1, (0,)), Scanned(1, 0, range(steps)), Invariant(2)]
+    bindings: list[Binding] = [Carried(0, 1, (0,)), Scanned(1, 0, range(steps)), Invariant(2)]
     return Recurrence(Loop(body, steps, bindings, [Stacked(0), Step(0, steps - 1)]), operands)
 
 
@@ -81,8 +84,9 @@ def gru(
 ) -> Recurrence:
     """A GRU cell, its input projection done before the loop (as splitting leaves it); recurrent weights times ``scale``."""
     x, generator = _inputs(steps, batch, 3 * size, torch.float32, seed)
-    weights, bias = (_weights(s, generator, dtype) for s in ((3 * size, size), (3 * size,)))
-    operands = (torch.zeros(batch, size, dtype=dtype), x.to(dtype), weights * scale, bias)
+    weights = _weights((3 * size, size), generator, dtype, scale)
+    bias = _weights((3 * size,), generator, dtype)
+    operands = (torch.zeros(batch, size, dtype=dtype), x.to(dtype), weights, bias)
 
     def step(h: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
         reset, update, new = torch.nn.functional.linear(h, w, b).chunk(3, -1)
@@ -91,7 +95,7 @@ def gru(
         return (candidate + torch.sigmoid(x_update + update) * (h - candidate),)
 
     body = traced_body(step, (operands[0], operands[1][0], *operands[2:]))
-    bindings = [Carried(0, 1, (0,)), Scanned(1, 0, range(steps)), Invariant(2), Invariant(3)]
+    bindings: list[Binding] = [Carried(0, 1, (0,)), Scanned(1, 0, range(steps)), Invariant(2), Invariant(3)]
     return Recurrence(Loop(body, steps, bindings, [Stacked(0), Step(0, steps - 1)]), operands)
 
 
@@ -100,9 +104,9 @@ def lstm(
 ) -> Recurrence:
     """An LSTM cell with two carries, and the output gate as a result that is no state."""
     x, generator = _inputs(steps, batch, 4 * size, torch.float32, seed)
-    weights = _weights((4 * size, size), generator, dtype)
+    weights = _weights((4 * size, size), generator, dtype, scale)
     zeros = torch.zeros(batch, size, dtype=dtype)
-    operands = (zeros, zeros.clone(), x.to(dtype), weights * scale)
+    operands = (zeros, zeros.clone(), x.to(dtype), weights)
 
     def step(h: torch.Tensor, c: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
         i, f, g, o = (torch.nn.functional.linear(h, w) + x).chunk(4, -1)
@@ -111,7 +115,7 @@ def lstm(
         return gate * torch.tanh(c), c, gate
 
     body = traced_body(step, (operands[0], operands[1], operands[2][0], operands[3]))
-    bindings = [Carried(0, 1, (0,)), Carried(1, 1, (1,)), Scanned(2, 0, range(steps)), Invariant(3)]
+    bindings: list[Binding] = [Carried(0, 1, (0,)), Carried(1, 1, (1,)), Scanned(2, 0, range(steps)), Invariant(3)]
     return Recurrence(Loop(body, steps, bindings, [Stacked(0), Stacked(2), Step(1, steps - 1)]), operands)
 
 
@@ -146,7 +150,7 @@ def affine_dense(steps: int, batch: int, size: int, *, dtype: torch.dtype = torc
         return (torch.ops.aten.mm(s, a) + x,)
 
     body = traced_body(step, (operands[0], operands[1][0], operands[2][0]))
-    bindings = [Carried(0, 1, (0,)), Scanned(1, 0, range(steps)), Scanned(2, 0, range(steps))]
+    bindings: list[Binding] = [Carried(0, 1, (0,)), Scanned(1, 0, range(steps)), Scanned(2, 0, range(steps))]
     return Recurrence(Loop(body, steps, bindings, [Stacked(0)]), operands)
 
 

@@ -1,0 +1,377 @@
+"""Running the ways of a map's operations on random data, one operation after another, as the batched graph grows."""
+
+from __future__ import annotations
+
+import math
+import operator
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import fx
+
+from fxjacobi import ops
+from fxjacobi.batched import BatchedMap
+from fxjacobi.emit import rebuilt
+from fxjacobi.equations import body_outputs
+from fxjacobi.fixed_point import FixedPoint
+from fxjacobi.graph import Spec, TensorSpec, site_of, spec_of, spec_of_value, stamp
+from fxjacobi.loops import Loop
+from fxjacobi.ways import Operation, Role, Way, ways_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import nn
+
+__all__ = ["Batcher", "Choice", "Frame", "Target", "Trial", "Unmeasurable", "Value", "same_values", "seconds_of", "stamp_all"]
+
+Candidates: TypeAlias = "Callable[[Operation], Iterator[tuple[Way, fx.GraphModule]]]"
+
+# What an operation raises that cannot run on the data or in the shape it is given; anything else is a defect.
+_MISFITS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way of one operation, measured: seconds of one batched call, and whether it may be used."""
+
+    way: Way
+    seconds: float
+    equal: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The way taken for one node of the body, with all that were tried."""
+
+    node: str
+    operation: str
+    way: Way
+    trials: tuple[Trial, ...]
+
+
+class Unmeasurable(Exception):  # noqa: N818 - control flow: the map stays a loop, with this reason
+    """The body cannot be run on random data, or not within the memory allowed."""
+
+
+def _bits(value: torch.Tensor) -> torch.Tensor:
+    if value.is_complex():
+        value = torch.view_as_real(value.resolve_conj())
+    size = value.element_size()
+    return value.resolve_neg().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+
+
+def same_values(found: Any, wanted: Any, *, exact: bool) -> bool:
+    """Whether ``found`` is ``wanted``: in every bit (any NaN is any other), or up to another order of rounding."""
+    if isinstance(wanted, (tuple, list)):
+        return len(found) == len(wanted) and all(same_values(f, w, exact=exact) for f, w in zip(found, wanted, strict=True))
+    if not isinstance(wanted, torch.Tensor):
+        return bool(found == wanted)
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    inexact = wanted.is_floating_point() or wanted.is_complex()
+    if exact or not inexact:
+        if torch.equal(_bits(found), _bits(wanted)):
+            return True
+        if not inexact:
+            return False
+        a, b = (torch.view_as_real(v) if v.is_complex() else v for v in (found.resolve_conj(), wanted.resolve_conj()))
+        return bool(((_bits(a) == _bits(b)) | (a.isnan() & b.isnan())).all())
+    # Intermediate overflow may differ with the order; only finite elements tell a wrong way from a rounded one.
+    finite = found.isfinite() & wanted.isfinite()
+    a, b = found[finite], wanted[finite]
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    bound = math.sqrt(torch.finfo(wanted.dtype).eps) * max(scale, 1.0)
+    return bool(((a - b).abs() <= bound).all()) and 2 * int(finite.sum()) >= int(wanted.isfinite().sum())
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+        if best > 0.02:
+            break
+    return best
+
+
+@dataclass
+class Value:
+    """One value of the body: its role, its batched values on each replica of the data, and its single steps.
+
+    ``steps(replica, step)`` runs the body as the loop does; it is asked for what a measurement needs and no more.
+    """
+
+    role: Role
+    batched: list[Any]
+    steps: Callable[[int, int], Any]
+    emitted: Any
+
+
+class Frame:
+    """One body on its way into a batched graph: the values of its nodes."""
+
+    def __init__(self, batcher: Batcher, body: fx.GraphModule, values: dict[fx.Node, Value], target: Target) -> None:
+        self.batcher, self.body, self.values, self.target = batcher, body, values, target
+        self.memory: dict[tuple[fx.Node, int, int], Any] = {}
+
+    def step_value(self, node: fx.Node, replica: int, step: int) -> Any:
+        """Return ``node`` at one step, run by itself."""
+        pending = [node]
+        while pending:
+            key = (pending[-1], replica, step)
+            missing = [n for n in pending[-1].all_input_nodes if (n, replica, step) not in self.memory]
+            if key in self.memory:
+                pending.pop()
+            elif pending[-1].op == "placeholder":
+                self.memory[key] = self.values[pending.pop()].steps(replica, step)
+            elif missing:
+                pending.extend(missing)
+            else:
+                self.memory[key] = self._run_step(pending.pop(), replica, step)
+        return self.memory[node, replica, step]
+
+    def _run_step(self, node: fx.Node, replica: int, step: int) -> Any:
+        args: Any = fx.map_arg(node.args, lambda n: self.memory[n, replica, step])
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: self.memory[n, replica, step])
+        function: Any = self.body.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        try:
+            return function(*args, **kwargs)
+        except _MISFITS as misfit:
+            raise Unmeasurable(f"{node.name} does not run on random data: {misfit}") from misfit
+
+    def run(self) -> tuple[Value, ...]:
+        """Batch every node and return the outputs."""
+        for node in self.body.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                self.values[node] = self.batcher.batch(self, node)
+        return tuple(self.values[node] for node in body_outputs(self.body))
+
+
+class Target:
+    """The graph that grows: all equations together."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.modules: dict[str, nn.Module] = {}
+
+    def add_module(self, stem: str, module: nn.Module) -> str:
+        name = f"{stem}_{len(self.modules)}"
+        self.modules[name] = module
+        return name
+
+    def inline(self, way: fx.GraphModule, inputs: Sequence[Any], like: fx.Node) -> Any:
+        """Append the nodes of ``way``; return its output, a node or a tuple of nodes."""
+        env: dict[fx.Node, Any] = {}
+        placeholders = (n for n in way.graph.nodes if n.op == "placeholder")
+        env.update(zip(placeholders, inputs, strict=True))
+        for node in way.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            args: Any = fx.map_arg(node.args, lambda n: env[n])
+            kwargs: Any = fx.map_arg(node.kwargs, lambda n: env[n])
+            if node.op == "output":
+                return args[0]
+            target = node.target
+            if node.op == "call_module":
+                target = self.add_module(like.name, way.get_submodule(str(target)))
+            env[node] = self.graph.create_node(node.op, target, args, kwargs)
+            stamp(env[node], node.meta.get("spec"), site_of(like))
+        raise AssertionError(way.code)
+
+    def module(self, outputs: Sequence[Any]) -> fx.GraphModule:
+        self.graph.output(tuple(outputs))
+        self.graph.eliminate_dead_code(lambda n: n.op == "output" or n.target in ops.GUARDS or n.op == "placeholder")
+        return rebuilt(fx.GraphModule({}, fx.Graph()), self.graph, self.modules)
+
+
+class Batcher:
+    """The measuring of one map."""
+
+    def __init__(self, steps: int, replicas: int, sampled: Sequence[int], *, exact: bool, candidates: Candidates) -> None:
+        self.steps, self.replicas, self.sampled = steps, replicas, tuple(sampled)
+        self.exact, self.candidates = exact, candidates
+        self.choices: list[Choice] = []
+
+    def batch(self, frame: Frame, node: fx.Node) -> Value:
+        """Return the value of ``node`` at all steps, appending to the frame's graph what computes it."""
+        values = frame.values
+        inputs = [values[n] for n in node.all_input_nodes]
+        if node.target in ops.GUARDS:
+            return self._guard(frame, node)
+        if node.target is operator.getitem and inputs[0].role is not Role.LITERAL:
+            whole, index = inputs[0], node.args[1]
+            parts = whole.emitted
+            emitted = parts[index] if isinstance(parts, tuple) else frame.target.graph.call_function(operator.getitem, (parts, index))
+            return self._value(frame, node, whole.role, [b[index] for b in whole.batched], emitted)
+        if node.op == "call_module":
+            module = frame.body.get_submodule(str(node.target))
+            if isinstance(module, BatchedMap):
+                module = module.batched
+            if isinstance(module, fx.GraphModule):
+                return self._inlined(frame, node, module)
+        if all(value.role is Role.UNIFORM for value in inputs):
+            return self._uniform(frame, node)
+        return self._measured(frame, node)
+
+    def _value(self, frame: Frame, node: fx.Node, role: Role, batched: list[Any], emitted: Any) -> Value:
+        return Value(role, batched, lambda replica, step: frame.step_value(node, replica, step), emitted)
+
+    def _guard(self, frame: Frame, node: fx.Node) -> Value:
+        """Guards run on final values: all steps in one comparison where the guarded value is batched."""
+        value, expected = node.args[0], node.args[1]
+        assert isinstance(value, fx.Node)
+        literal = frame.values[expected].emitted if isinstance(expected, fx.Node) else (expected,) * self.steps
+        found, graph = frame.values[value], frame.target.graph
+        if found.role is Role.UNIFORM:
+            for wanted in dict.fromkeys(literal):
+                stamp(graph.call_function(node.target, (found.emitted, wanted)), None, site_of(node))  # type: ignore[arg-type]
+        elif node.target is ops.guard:
+            stamp(graph.call_function(ops.guard_steps, (found.emitted, literal)), None, site_of(node))
+        else:
+            raise Unmeasurable(f"{node.name} guards more than one number a step")
+        return Value(Role.UNIFORM, [None] * self.replicas, lambda _replica, _step: None, None)
+
+    def _uniform(self, frame: Frame, node: fx.Node) -> Value:
+        values, target = frame.values, node.target
+        if node.op == "call_module":
+            target = frame.target.add_module(node.name, frame.body.get_submodule(str(target)))
+        args: Any = fx.map_arg(node.args, lambda n: values[n].emitted)
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: values[n].emitted)
+        emitted = stamp(frame.target.graph.create_node(node.op, target, args, kwargs), spec_of(node), site_of(node))
+        batched = [frame.step_value(node, replica, self.sampled[0]) for replica in range(self.replicas)]
+        return self._value(frame, node, Role.UNIFORM, batched, emitted)
+
+    def _inlined(self, frame: Frame, node: fx.Node, module: fx.GraphModule) -> Value:
+        """A submodule recorded once is batched like the body that calls it."""
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        values = dict(zip(placeholders, (frame.values[n] for n in node.args), strict=True))  # type: ignore[index]
+        outputs = Frame(self, module, values, frame.target).run()
+        batched = [tuple(self.at_all_steps(o, replica) for o in outputs) for replica in range(self.replicas)]
+        emitted = tuple(self.emit_at_all_steps(o, frame.target.graph) for o in outputs)
+        return self._value(frame, node, Role.BATCHED, batched, emitted)
+
+    def at_all_steps(self, value: Value, replica: int) -> Any:
+        tensor = value.batched[replica]
+        return tensor if value.role is Role.BATCHED else tensor.expand(self.steps, *tensor.shape)
+
+    def emit_at_all_steps(self, value: Value, graph: fx.Graph) -> Any:
+        if value.role is Role.BATCHED:
+            return value.emitted
+        shape = [self.steps, *value.batched[0].shape]
+        return stamp(
+            graph.call_function(torch.ops.aten.expand.default, (value.emitted, shape)),
+            spec_of_value(self.at_all_steps(value, 0)),
+        )
+
+    def _measured(self, frame: Frame, node: fx.Node) -> Value:
+        """Run every way of one operation on what the ways before left, and keep the fastest lawful one."""
+        values = frame.values
+        if not any(isinstance(part, TensorSpec) for part in _parts(spec_of(node))):
+            raise Unmeasurable(f"{node.name} is a Python value")
+        roles = {n: values[n].role for n in node.all_input_nodes}
+        literals = {n: values[n].emitted for n, role in roles.items() if role is Role.LITERAL}
+        operation = Operation(node, self.steps, roles, literals, frame.body)
+        inputs = [[values[n].batched[replica] for n in operation.inputs] for replica in range(self.replicas)]
+        key = self._key(operation, inputs[0])
+        known = _CACHE.get(key) if key is not None else None
+        trials: list[Trial] = []
+        best: tuple[float, fx.GraphModule, list[Any]] | None = None
+        for way, module in self._candidates(frame, operation):
+            if known is not None and way is not known.way:
+                continue
+            trial, outputs = self._try(frame, operation, way, module, inputs, believe=known is not None)
+            trials.append(trial)
+            if trial.equal and (best is None or trial.seconds < best[0]):
+                best = trial.seconds, module, outputs
+        if best is None:
+            raise Unmeasurable(f"no way of running {node.name} keeps its bits, not even step by step")
+        chosen = min((t for t in trials if t.equal), key=lambda t: t.seconds)
+        choice = Choice(node.name, str(node.target), chosen.way, known.trials if known is not None else tuple(trials))
+        if key is not None and known is None:
+            _CACHE[key] = choice
+        self.choices.append(choice)
+        _, module, outputs = best
+        stamp_all(module, inputs[0])
+        emitted = frame.target.inline(module, [values[n].emitted for n in operation.inputs], node)
+        return self._value(frame, node, Role.BATCHED, outputs, emitted)
+
+    def _candidates(self, frame: Frame, operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]:
+        if operation.node.op == "call_module":
+            module = frame.body.get_submodule(str(operation.node.target))
+            if isinstance(module, (Loop, FixedPoint)):
+                from fxjacobi.interchange import interchanged
+
+                found = interchanged(self, frame, operation, module)
+                if found is not None:
+                    yield Way.INTERCHANGED, found
+        yield from self.candidates(operation)
+
+    def _try(
+        self,
+        frame: Frame,
+        operation: Operation,
+        way: Way,
+        module: fx.GraphModule,
+        inputs: list[list[Any]],
+        *,
+        believe: bool,
+    ) -> tuple[Trial, list[Any]]:
+        outputs = []
+        for replica, tensors in enumerate(inputs):
+            try:
+                found = module(*tensors)
+            except _MISFITS as misfit:
+                return Trial(way, math.inf, False, str(misfit).splitlines()[0] if str(misfit) else repr(misfit)), []
+            if not believe and not self._agrees(frame, operation.node, found, replica):
+                return Trial(way, math.inf, False, "other bits" if self.exact else "other values"), []
+            outputs.append(found)
+        return Trial(way, seconds_of(lambda: module(*inputs[0])), True), outputs
+
+    def _agrees(self, frame: Frame, node: fx.Node, found: Any, replica: int) -> bool:
+        for step in self.sampled:
+            wanted = frame.step_value(node, replica, step)
+            if not same_values(_at(found, step), wanted, exact=self.exact):
+                return False
+        return True
+
+    def _key(self, operation: Operation, tensors: Sequence[Any]) -> object:
+        """Everything that a way's bits and speed can depend on; ``None`` where that is too much."""
+        if operation.node.op != "call_function" or self.candidates is not ways_of:
+            return None
+        names = {n: f"{operation.roles[n].name}{i}" for i, n in enumerate(operation.node.all_input_nodes)}
+        args: Any = fx.map_arg((operation.node.args, operation.node.kwargs), lambda n: names[n])
+        literals = tuple((names[n], v) for n, v in operation.literals.items())
+        layouts = tuple(spec_of_value(t) for t in tensors)
+        single = tuple(spec_of(n) for n in operation.inputs)
+        context = (operation.steps, self.exact, torch.get_num_threads())
+        return repr((str(operation.node.target), args, literals, layouts, single, context))
+
+
+_CACHE: dict[object, Choice] = {}
+
+
+def _parts(spec: Spec) -> tuple[Spec, ...]:
+    return (spec,) if isinstance(spec, TensorSpec) or spec is None else spec
+
+
+def _at(value: Any, step: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[step]
+    return None if value is None else tuple(_at(v, step) for v in value)
+
+
+class _Stamper(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "output":
+            stamp(n, spec_of_value(value), site_of(n))
+        return value
+
+
+def stamp_all(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    _Stamper(module, garbage_collect_values=True).run(*inputs)
