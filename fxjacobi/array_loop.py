@@ -38,7 +38,11 @@ Path: TypeAlias = "tuple[fx.Node | _Region, ...]"
 
 
 class NotAnArrayLoop(Exception):  # noqa: N818 - an answer, caught by the only caller
-    """The loop is not of this form; the message says in what."""
+    """The loop is not of this form; the message says in what, and ``node`` is the place, if there is one."""
+
+    def __init__(self, message: str, node: fx.Node | None = None) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +200,11 @@ def array_loop(loop: Loop) -> ArrayLoop:
     bindings = dict(zip(placeholders, loop.bindings, strict=True))
     carries = [node for node in placeholders if isinstance(bindings[node], Carried)]
     if len(carries) != 1:
-        raise NotAnArrayLoop(f"the body carries {len(carries)} values, and not one array alone")
+        others = [_producer(body, bindings[node].output) for node in carries]
+        others = [node for node in others if node is not None and _write(node) is None]
+        what = "".join(f"; {node.target} at {site_of(node)} makes one" for node in others[:1])
+        message = f"the body carries {len(carries)} values, and not one array alone{what}"
+        raise NotAnArrayLoop(message, others[0] if others else None)
     array, carry = carries[0], bindings[carries[0]]
     assert isinstance(carry, Carried)
     if carry.distance != 1 or not isinstance(spec_of(array), TensorSpec):
@@ -219,7 +227,7 @@ def array_loop(loop: Loop) -> ArrayLoop:
         if any(used in touched or used in versions for used in node.all_input_nodes):
             touched.add(node)
         if _draws(node, body):
-            raise NotAnArrayLoop(f"{node} draws random numbers inside the loop ({site_of(node)})")
+            raise NotAnArrayLoop(f"{node.target} at {site_of(node)} draws random numbers inside the loop", node)
     writes = []
     for node, value, path in found:
         if not isinstance(value, fx.Node):
@@ -250,6 +258,14 @@ def array_loop(loop: Loop) -> ArrayLoop:
         tail=tail,
         ends=tuple(dict.fromkeys(ends)),
     )
+
+
+def _producer(body: fx.GraphModule, output: int) -> fx.Node | None:
+    """Return the operation that makes an output of the body."""
+    node = body.graph.output_node().args[0][output]  # type: ignore[index]
+    if isinstance(node, fx.Node) and node.target is operator.getitem:
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) and node.op == "call_function" else None
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -136,7 +136,10 @@ def prove(loop: Loop, operands: Sequence[Value] | None = None) -> CausalityProof
         structure = array_loop(loop)
         return _Analysis(structure, operands).run()
     except NotAnArrayLoop as reason:
-        return Refusal(str(reason))
+        node = reason.node
+        if node is None:
+            return Refusal(str(reason))
+        return Refusal(str(reason), node=node.name, op=str(node.target), site=str(site_of(node) or "") or None)
 
 
 @dataclass

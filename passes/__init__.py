@@ -1,26 +1,42 @@
-"""The compiler's passes. Each is one file, named as the pass."""
+"""The compiler's passes, in order. Each is one file, named as the pass."""
 
-import importlib
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fxjacobi.passes.batch_equations import BatchEquations
+from fxjacobi.passes.canonicalize import Canonicalize
+from fxjacobi.passes.collapse_sampling import CollapseSampling
+from fxjacobi.passes.collapse_writes import CollapseWrites
+from fxjacobi.passes.eliminate import Eliminate
+from fxjacobi.passes.emit_solvers import EmitSolvers
+from fxjacobi.passes.hoist_random import HoistRandom
+from fxjacobi.passes.roll_loops import RollLoops
+from fxjacobi.passes.split_components import SplitComponents
+from fxjacobi.passes.stop_early import StopEarly
+
+if TYPE_CHECKING:
+    from fxjacobi.options import Options
+    from fxjacobi.passes.base import Pass
+
+__all__ = ["pipeline"]
 
 
-def pipeline(options: Any, *, gradients: bool) -> Any:
-    """Temporary: the passes that exist so far."""
-    found = []
-    for module, name, fields in (
-        ("canonicalize", "Canonicalize", {"gradients": gradients, "exact": options.exact}),
-        ("hoist_random", "HoistRandom", {}),
-        ("eliminate", "Eliminate", {}),
-        ("roll_loops", "RollLoops", {}),
-        ("split_components", "SplitComponents", {}),
-        ("collapse_writes", "CollapseWrites", {}),
-        ("collapse_sampling", "CollapseSampling", {}),
-        ("stop_early", "StopEarly", {}),
-        ("batch_equations", "BatchEquations", {"exact": options.exact}),
-        ("emit_solvers", "EmitSolvers", {}),
-    ):
-        try:
-            found.append(getattr(importlib.import_module(f"fxjacobi.passes.{module}"), name)(**fields))
-        except ModuleNotFoundError:
-            continue
-    return tuple(found)
+def pipeline(options: Options, *, gradients: bool) -> tuple[Pass, ...]:
+    """The passes from a captured graph to the emitted module, in order.
+
+    Before :class:`EmitSolvers`, :mod:`fxjacobi.choose` times the methods of each recurrence that is left: that needs
+    the run's own operands, which a pass does not have.
+    """
+    return (
+        Canonicalize(gradients=gradients, exact=options.exact),
+        HoistRandom(),
+        Eliminate(),
+        RollLoops(),
+        SplitComponents(),
+        CollapseWrites(),
+        CollapseSampling(),
+        StopEarly(),
+        BatchEquations(exact=options.exact),
+        EmitSolvers(),
+    )

@@ -9,6 +9,7 @@ offending dependence stands out most from the element's other dependences.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,20 @@ def blame(
     rank: int,
 ) -> fx.Node:
     """Return the node that let ``end`` at ``step`` depend on equation ``rank >= clock``."""
+    found = _blame(context, structure, env, end, step, clock, rank)
+    # One result of several: the operation is the one that made them.
+    return found.args[0] if found.target is operator.getitem else found  # type: ignore[return-value]
+
+
+def _blame(
+    context: Context,
+    structure: ArrayLoop,
+    env: dict[fx.Node, Value],
+    end: fx.Node,
+    step: int,
+    clock: int,
+    rank: int,
+) -> fx.Node:
     if context.unknown_ops and rank == context.top:
         return next(iter(context.unknown_ops))
     start = _entrance(structure, env, end, step, clock)
@@ -96,7 +111,7 @@ def _before(env: dict[fx.Node, Value], node: fx.Node, element: int, clock: int) 
     """Return an argument of ``node`` and one of its elements, offending too, that ``element`` of it depends on."""
     target = node
     chosen: int | None = None
-    if str(node.target) == "<built-in function getitem>":
+    if node.target is operator.getitem:
         # A result of several: look through to the operation itself.
         chosen, target = int(node.args[1]), node.args[0]  # type: ignore[arg-type, assignment]
     if target.op != "call_function":
@@ -206,7 +221,7 @@ def _without(
 ) -> int | None:
     """Return the rank that ``element`` of ``node`` would have without element ``inner`` of its argument."""
     target, chosen = node, None
-    if str(node.target) == "<built-in function getitem>":
+    if node.target is operator.getitem:
         target, chosen = node.args[0], int(node.args[1])  # type: ignore[arg-type, assignment]
     found = env[used]
     assert isinstance(found, Abstract)
