@@ -30,7 +30,7 @@ from fxjacobi.passes.inline_calls import inline_calls
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["Access", "ArrayLoop", "NotAnArrayLoop", "Write", "array_loop"]
+__all__ = ["Access", "ArrayLoop", "NotAnArrayLoop", "Write", "array_loop", "operation_key"]
 
 aten = torch.ops.aten
 
@@ -276,7 +276,7 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _tidied(loop: Loop) -> Loop:
-    """Inline recorded submodules and drop what nobody reads (guards are read by the run)."""
+    """Inline recorded submodules, drop what nobody reads (guards are read by the run), compute equal things once."""
     body = inline_calls(loop.body, only_single=False)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -284,15 +284,38 @@ def _tidied(loop: Loop) -> Loop:
     for node in reversed(body.graph.nodes):
         if node.op in ("placeholder", "output") or node.target in ops.GUARDS or any(user in alive for user in node.users):
             alive.add(node)
+    known: dict[Any, fx.Node] = {}
     for node in body.graph.nodes:
         if node in alive:
-            values[node] = graph.node_copy(node, values.__getitem__)
+            key = operation_key(node, values) if node.op == "call_function" and node.target not in ops.GUARDS else node
+            if key in known:
+                values[node] = known[key]
+                continue
+            values[node] = known[key] = graph.node_copy(node, values.__getitem__)
             if node.op == "output":
                 values[node].args = (map_arg(node.args[0], values.__getitem__),)
             else:
                 stamp(values[node], spec_of(node), site_of(node))
     # inline_calls gives the names; assemble resolves them.
     return Loop(assemble(graph, body), loop.trip_count, loop.bindings, loop.results)
+
+
+def operation_key(node: fx.Node, values: dict[fx.Node, fx.Node]) -> Any:
+    """Return what makes two calls the same: operation and arguments, after replacing nodes by ``values``."""
+
+    def key(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(key(item) for item in value)
+        if isinstance(value, dict):
+            return tuple((name, key(item)) for name, item in sorted(value.items()))
+        if isinstance(value, slice):
+            return ("slice", key((value.start, value.stop, value.step)))
+        if isinstance(value, fx.Node):
+            return values[value]
+        # 1, 1.0 and True are different arguments; so are 0.0 and -0.0.
+        return (type(value), repr(value) if isinstance(value, (float, complex)) else value)
+
+    return (node.op, node.target, key(node.args), key(node.kwargs))
 
 
 def _draws(node: fx.Node, body: fx.GraphModule) -> bool:

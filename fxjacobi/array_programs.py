@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.fx.node import map_arg
 
 from fxjacobi import ops
+from fxjacobi.array_loop import operation_key
 from fxjacobi.emit import dense_stride
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
 from fxjacobi.loops import Binding, Invariant, Literal, Loop, Scanned, Stacked, Table
@@ -145,8 +145,8 @@ def _program(
     for node in structure.loop.body.graph.nodes:
         if node in values or node not in chosen or node.op == "output":
             continue
-        key = (node.op, node.target, _key(map_arg(node.args, values.__getitem__)), _key(node.kwargs, values))
-        if key in known and node.op == "call_function":
+        key = operation_key(node, values) if node.op == "call_function" else node
+        if key in known:
             values[node] = known[key]
             continue
         values[node] = known[key] = graph.node_copy(node, values.__getitem__)
@@ -157,19 +157,6 @@ def _program(
                 flags.append(flag)
     graph.output((*(values[node] for node in results), tuple(flags)))
     return assemble(graph, structure.loop.body)
-
-
-def _key(value: Any, values: dict[fx.Node, fx.Node] | None = None) -> Any:
-    if isinstance(value, (tuple, list)):
-        return tuple(_key(item, values) for item in value)
-    if isinstance(value, dict):
-        return tuple((name, _key(item, values)) for name, item in sorted(value.items()))
-    if isinstance(value, slice):
-        return ("slice", _key((value.start, value.stop, value.step), values))
-    if isinstance(value, fx.Node):
-        return values[value] if values is not None else value
-    # 1, 1.0 and True are different arguments.
-    return (type(value), repr(value)) if isinstance(value, float) else (type(value), value)
 
 
 def _flag(graph: fx.Graph, node: fx.Node, spec: Any) -> fx.Node | None:

@@ -65,9 +65,10 @@ class _Interchange:
     def bind(self, node: fx.Node, binding: Binding) -> tuple[Binding, Value]:
         """Return the new binding of a placeholder of the body, and data for it at one inner step."""
         replicas, emitted = range(self.batcher.replicas), self.target.graph.placeholder(node.name)
+        new: Binding
         match binding:
             case Carried(output, distance, init):
-                new: Binding = Carried(output, distance, tuple(self.operand(i, batched=True) for i in init))
+                new = Carried(output, distance, tuple(self.operand(i, batched=True) for i in init))
                 # Initial states are often zeros, on which everything agrees; random ones tell more.
                 spec = spec_of(node)
                 assert isinstance(spec, TensorSpec)
@@ -93,10 +94,11 @@ class _Interchange:
                 new = Invariant(self.operand(operand, batched=False))
                 whole = [self.whole(operand, r) for r in replicas]
                 value = Value(self.role(operand), whole, lambda r, t: self.single(operand, r, t), emitted)
-            case Literal(values):
+            case _:
+                assert isinstance(binding, Literal)
                 # One number for all outer steps, though another at each inner one.
                 new = binding
-                value = Value(Role.UNIFORM, [values[0]] * len(replicas), lambda _r, _t: values[0], emitted)
+                value = Value(Role.UNIFORM, [binding.values[0]] * len(replicas), lambda _r, _t: binding.values[0], emitted)
         stamp(emitted, spec_of_value(value.batched[0]))
         return new, value
 

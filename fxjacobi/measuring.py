@@ -89,6 +89,7 @@ def same_values(found: Any, wanted: Any, *, exact: bool) -> bool:
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
+    """Return the shortest wall time of up to three runs."""
     best = math.inf
     for _ in range(3):
         start = time.perf_counter()
@@ -160,6 +161,7 @@ class Target:
         self.modules: dict[str, nn.Module] = {}
 
     def add_module(self, stem: str, module: nn.Module) -> str:
+        """Register ``module`` and return its name."""
         name = f"{stem}_{len(self.modules)}"
         self.modules[name] = module
         return name
@@ -184,6 +186,7 @@ class Target:
         raise AssertionError(way.code)
 
     def module(self, outputs: Sequence[Any]) -> fx.GraphModule:
+        """Finish the graph and return it, without what nobody reads."""
         self.graph.output(tuple(outputs))
         self.graph.eliminate_dead_code(lambda n: n.op == "output" or n.target in ops.GUARDS or n.op == "placeholder")
         return rebuilt(fx.GraphModule({}, fx.Graph()), self.graph, self.modules)
@@ -205,8 +208,11 @@ class Batcher:
             return self._guard(frame, node)
         if node.target is operator.getitem and inputs[0].role is not Role.LITERAL:
             whole, index = inputs[0], node.args[1]
-            parts = whole.emitted
-            emitted = parts[index] if isinstance(parts, tuple) else frame.target.graph.call_function(operator.getitem, (parts, index))
+            assert isinstance(index, int)
+            emitted = whole.emitted[index] if isinstance(whole.emitted, tuple) else None
+            if emitted is None:
+                emitted = frame.target.graph.call_function(operator.getitem, (whole.emitted, index))
+                stamp(emitted, spec_of_value(whole.batched[0][index]), site_of(node))
             return self._value(frame, node, whole.role, [b[index] for b in whole.batched], emitted)
         if node.op == "call_module":
             module = frame.body.get_submodule(str(node.target))
@@ -249,17 +255,20 @@ class Batcher:
     def _inlined(self, frame: Frame, node: fx.Node, module: fx.GraphModule) -> Value:
         """A submodule recorded once is batched like the body that calls it."""
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-        values = dict(zip(placeholders, (frame.values[n] for n in node.args), strict=True))  # type: ignore[index]
+        arguments: tuple[Any, ...] = node.args
+        values = dict(zip(placeholders, (frame.values[n] for n in arguments), strict=True))
         outputs = Frame(self, module, values, frame.target).run()
         batched = [tuple(self.at_all_steps(o, replica) for o in outputs) for replica in range(self.replicas)]
         emitted = tuple(self.emit_at_all_steps(o, frame.target.graph) for o in outputs)
         return self._value(frame, node, Role.BATCHED, batched, emitted)
 
     def at_all_steps(self, value: Value, replica: int) -> Any:
+        """Return a value's data with a leading T, whatever its role."""
         tensor = value.batched[replica]
         return tensor if value.role is Role.BATCHED else tensor.expand(self.steps, *tensor.shape)
 
     def emit_at_all_steps(self, value: Value, graph: fx.Graph) -> Any:
+        """Return a value's node with a leading T, whatever its role."""
         if value.role is Role.BATCHED:
             return value.emitted
         shape = [self.steps, *value.batched[0].shape]
@@ -280,18 +289,18 @@ class Batcher:
         key = self._key(operation, inputs[0])
         known = _CACHE.get(key) if key is not None else None
         trials: list[Trial] = []
-        best: tuple[float, fx.GraphModule, list[Any]] | None = None
+        best: tuple[Trial, fx.GraphModule, list[Any]] | None = None
         for way, module in self._candidates(frame, operation):
             if known is not None and way is not known.way:
                 continue
             trial, outputs = self._try(frame, operation, way, module, inputs, believe=known is not None)
             trials.append(trial)
-            if trial.equal and (best is None or trial.seconds < best[0]):
-                best = trial.seconds, module, outputs
+            # Of ways about as fast, the one named first: the more plain.
+            if trial.equal and (best is None or trial.seconds < 0.9 * best[0].seconds):
+                best = trial, module, outputs
         if best is None:
             raise Unmeasurable(f"no way of running {node.name} keeps its bits, not even step by step")
-        chosen = min((t for t in trials if t.equal), key=lambda t: t.seconds)
-        choice = Choice(node.name, str(node.target), chosen.way, known.trials if known is not None else tuple(trials))
+        choice = Choice(node.name, str(node.target), best[0].way, known.trials if known is not None else tuple(trials))
         if key is not None and known is None:
             _CACHE[key] = choice
         self.choices.append(choice)
@@ -333,10 +342,16 @@ class Batcher:
         return Trial(way, seconds_of(lambda: module(*inputs[0])), True), outputs
 
     def _agrees(self, frame: Frame, node: fx.Node, found: Any, replica: int) -> bool:
-        for step in self.sampled:
-            wanted = frame.step_value(node, replica, step)
-            if not same_values(_at(found, step), wanted, exact=self.exact):
-                return False
+        singles = [_flat(frame.step_value(node, replica, step)) for step in self.sampled]
+        every = len(self.sampled) == self.steps
+        for i, whole in enumerate(_flat(found)):
+            column = [single[i] for single in singles]
+            if isinstance(whole, torch.Tensor):
+                if any(c.shape != column[0].shape or c.dtype != column[0].dtype for c in column):
+                    raise Unmeasurable(f"{node.name} has another shape on other data")
+                sampled = whole if every else whole[list(self.sampled)]
+                if not same_values(sampled, torch.stack(column), exact=self.exact):
+                    return False
         return True
 
     def _key(self, operation: Operation, tensors: Sequence[Any]) -> object:
@@ -359,10 +374,8 @@ def _parts(spec: Spec) -> tuple[Spec, ...]:
     return (spec,) if isinstance(spec, TensorSpec) or spec is None else spec
 
 
-def _at(value: Any, step: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value[step]
-    return None if value is None else tuple(_at(v, step) for v in value)
+def _flat(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 class _Stamper(fx.Interpreter):
@@ -374,4 +387,5 @@ class _Stamper(fx.Interpreter):
 
 
 def stamp_all(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Run ``module`` and put the specs of what it computes on its nodes."""
     _Stamper(module, garbage_collect_values=True).run(*inputs)

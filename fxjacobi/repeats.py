@@ -224,9 +224,14 @@ def _consistent(tape: Tape, start: int, stop: int, period: int) -> tuple[list[tu
     matrix = delta[: trips * slots].reshape(trips, slots)
     expected = matrix[-1].copy()
     changing = np.flatnonzero((matrix[1:] != matrix[:-1]).any(axis=0) & ~literal)
-    # The distance of most iterations is the slot's; a slot without one takes all its values from before the loop.
-    middle = np.partition(matrix[:, changing], trips // 2, axis=0)[trips // 2]
-    most = (matrix[:, changing] == middle).sum(axis=0) * 2 > trips
+    # The distance of most references into the stretch is the slot's; a slot without one takes all its values from
+    # before the loop. (What lies before the stretch may be initial values, at any distance.)
+    moving = matrix[:, changing]
+    inner = moving <= (owner[: trips * slots].reshape(trips, slots)[:, changing] - start)
+    count = inner.sum(axis=0)
+    ordered = np.sort(np.where(inner, moving, np.iinfo(np.int64).max), axis=0)
+    middle = np.take_along_axis(ordered, (count // 2)[None, :], axis=0)[0]
+    most = ((moving == middle) & inner).sum(axis=0) * 2 > count
     expected[changing] = np.where(most, middle, 0)
     wanted = np.resize(expected, end - begin)
     wrong = (delta != wanted) & ~np.resize(literal, end - begin)
@@ -254,16 +259,17 @@ def _rotate(tape: Tape, start: int, stop: int, period: int, minimum_trips: int) 
     iteration is given up where that avoids it.
     """
     trips, slack = divmod(stop - start, period)
-    begin, end = int(tape.first[stop - period]), int(tape.first[stop])
+    middle = start + trips // 2 * period  # what crosses the ends may be special
+    begin, end = int(tape.first[middle]), int(tape.first[middle + period])
     used = ~tape.literal[begin:end] & (tape.values[begin:end] >= start)
     values, owner = tape.values[begin:end][used], tape.owner[begin:end][used]
     position = (values - start) % period
     life = np.zeros(period, dtype=np.int64)
     np.maximum.at(life, position, owner - values)
-    last = stop - period + (np.arange(period) - (stop - start)) % period
-    base = tape.select_base[last]
+    nodes = np.arange(middle, middle + period)
+    base = tape.select_base[nodes]
     weight = np.where((base != NOT_A_SELECT) & (base < start), 0, 1)
-    weight[[isinstance(tape.nodes[node].meta["spec"], tuple) for node in last.tolist()]] = 1 << 20
+    weight[[isinstance(tape.nodes[node].meta["spec"], tuple) for node in nodes.tolist()]] = 1 << 20
     cost = np.full(period, int((life // period * weight).sum()))
     for at in np.flatnonzero(life % period).tolist():
         cost[(at + 1 + np.arange(life[at] % period)) % period] += weight[at]

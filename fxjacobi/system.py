@@ -36,7 +36,8 @@ class Carry:
         self.placeholder = placeholder
         self.component = component
         self.distance = distance
-        self.before = before  # (min(distance, T), *shape)
+        self.before = before
+        self.depth = before.shape[0]  # min(distance, T)
 
     def window(self, states: States, start: int, stop: int) -> torch.Tensor:
         """Return what the placeholder reads at steps ``start .. stop-1``."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import fx
 from torch._C import _functorch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxjacobi import batched, ops
 from fxjacobi.emit import is_dense, rebuilt
@@ -100,13 +99,17 @@ class Operation:
 _Env: TypeAlias = dict[fx.Node, Any]
 
 
+def _node_of(value: Any) -> Any:
+    return value.node if isinstance(value, fx.Proxy) else value
+
+
 def _graph(operation: Operation, build: Callable[[_Env], Any]) -> fx.GraphModule:
     """Record what ``build`` does with proxies of the operation's inputs."""
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     env = {n: fx.Proxy(graph.placeholder(n.name), tracer) for n in operation.inputs}
     result = build(env)
-    graph.output(fx.node.map_aggregate(result, lambda v: v.node if isinstance(v, fx.Proxy) else v))
+    graph.output(fx.node.map_aggregate(result, _node_of))
     return fx.GraphModule({}, graph)
 
 
@@ -153,7 +156,7 @@ _DIMENSIONS = frozenset({"dim", "dim0", "dim1", "dims"})
 _SIZES = frozenset({"size", "shape"})
 
 # A number that changes from step to step stands for a tensor in these.
-_TENSOR_FORM = {
+_TENSOR_FORM: dict[Any, Any] = {
     packet.Scalar: packet.Tensor
     for packet in (
         aten.add, aten.sub, aten.mul, aten.div, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.remainder,
@@ -163,24 +166,29 @@ _TENSOR_FORM = {
 
 def ways_of(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]:
     """Yield each way that is known for ``operation``; the last one always works."""
-    target = operation.node.target
+    found = False
     if operation.node.op == "call_function":
-        if operation.has_literals:
-            yield from _with_literals(operation)
-        else:
-            if _is_pointwise(target):
-                yield Way.DIRECT, _graph(operation, lambda env: _aligned(operation, env))
-                yield Way.ROWS_APART, _graph(operation, lambda env: _rows_apart(operation, env))
-            elif target in _SHIFTED and (shifted := _shifted(operation)) is not None:
-                yield Way.DIRECT, shifted
-            elif target is aten.t.default:
-                yield Way.DIRECT, _graph(operation, lambda env: _transposed(operation, env))
-            yield from _leading(operation)
-            yield from _products(operation)
-            yield from _folded(operation)
-            if target not in _SHIFTED:
-                yield from _mapped(operation)
+        for way in _with_literals(operation) if operation.has_literals else _rules(operation):
+            found = True
+            yield way
+        if not found and not operation.has_literals:
+            # Tracing costs milliseconds and its imports seconds, so it is left for what no rule covers.
+            yield from _mapped(operation)
     yield Way.ONE_BY_ONE, _one_by_one(operation)
+
+
+def _rules(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]:
+    target = operation.node.target
+    if _is_pointwise(target):
+        yield Way.DIRECT, _graph(operation, lambda env: _aligned(operation, env))
+        yield Way.ROWS_APART, _graph(operation, lambda env: _rows_apart(operation, env))
+    elif target in _SHIFTED and (shifted := _shifted(operation)) is not None:
+        yield Way.DIRECT, shifted
+    elif target is aten.t.default:
+        yield Way.DIRECT, _graph(operation, lambda env: _transposed(operation, env))
+    yield from _leading(operation)
+    yield from _products(operation)
+    yield from _folded(operation)
 
 
 def _is_pointwise(target: Any) -> bool:
@@ -463,6 +471,8 @@ def _mapped(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]:
             # The batched layout at run time is whatever the ways before leave; vmap is traced for any.
             stride = (max([s * n for s, n in zip(spec.stride, spec.shape, strict=True)], default=1), *spec.stride)
         examples.append(torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device).zero_())
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     # A fallback would be T calls in disguise. (The setting is private; torch has no public form of it.)
     fallback: Any = _functorch
     enabled = fallback._is_vmap_fallback_enabled()
@@ -487,14 +497,15 @@ def _with_literals(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]
     """Operations with one Python value a step."""
     node, steps = operation.node, operation.steps
     args: tuple[Any, ...] = node.args
-    if node.target in _TENSOR_FORM and len(args) == 2 and operation.is_batched(args[0]):
+    target: Any = node.target
+    if target in _TENSOR_FORM and len(args) == 2 and operation.is_batched(args[0]):
         values = operation.literals[args[1]]
         value = args[0]
         rank = len(operation.shape(value))
 
         def build(env: _Env) -> Any:
             number = _record(batched.numbers, values, [steps, *[1] * rank], env[value])
-            return _TENSOR_FORM[node.target](env[value], number)
+            return _TENSOR_FORM[target](env[value], number)
 
         spec = spec_of(value)
         assert isinstance(spec, TensorSpec)

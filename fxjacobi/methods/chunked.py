@@ -119,7 +119,7 @@ def prepared(system: System, states: States, starts: tuple[int, ...], length: in
         position = 0
         for carry in system.carries:
             example[carry.placeholder] = heads[position]
-            position += carry.distance
+            position += carry.depth
         layout = system.body.layout(example, rows)
     else:
         batch = system.batch
@@ -141,7 +141,7 @@ def _heads(system: System, states: States, starts: tuple[int, ...]) -> Heads:
     heads: list[torch.Tensor] = []
     for carry in system.carries:
         values = states[carry.component]
-        for inner in range(carry.distance):
+        for inner in range(carry.depth):
             at = [start + inner - carry.distance for start in starts]
             outside = sum(a < 0 for a in at)  # starts ascend
             head = values[torch.tensor([max(a, 0) for a in at], device=values.device)]
@@ -160,7 +160,7 @@ def run_chunks(system: System, chunks: Chunks) -> States:
     offset = 0
     for carry in system.carries:
         slots.append((carry.placeholder, carry.component, carry.distance, offset))
-        offset += carry.distance
+        offset += carry.depth
     for inner in range(chunks.length):
         arguments = list(chunks.inputs[inner])
         for placeholder, component, distance, offset in slots:
@@ -229,7 +229,7 @@ def _finite_heads(system: System, heads: Heads, base: States, final: int) -> Hea
     replaced: list[torch.Tensor] = []
     position = 0
     for carry in system.carries:
-        for _ in range(carry.distance):
+        for _ in range(carry.depth):
             head = heads[position]
             reset = base[carry.component][: head.shape[0]]
             replaced.append(replace_non_finite((head,), (reset,), final)[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,8 +41,8 @@ def _forward_mode() -> None:
 def _jvp(function: Callable[..., States], point: Windows, tangents: Windows) -> tuple[States, States]:
     """Return ``function(*point)`` and its derivative along ``tangents``."""
     _forward_mode()
-    value, moved = torch.func.jvp(function, point, tangents)
-    return value, moved
+    pair: Any = torch.func.jvp(function, point, tangents)
+    return pair[0], pair[1]
 
 
 def _equations(system: System, start: int, stop: int, read: Windows) -> Callable[..., States]:

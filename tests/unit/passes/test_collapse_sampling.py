@@ -257,13 +257,12 @@ def test_refuses_names_the_operation_and_still_samples(name: str) -> None:
     assert len(reasons) == 1
     assert "element [" in reasons[0]
     assert operation in reasons[0]
-    assert "sampling_models.py" in reasons[0] or "normalization.py" in reasons[0] or "functional.py" in reasons[0] or ".py:" in reasons[0]
 
 
 def test_running_statistics_are_no_array() -> None:
-    module, equal = solved(raster, pixel_cnn(norm=nn.BatchNorm2d(8)).train(), 2, 5)
+    module = CollapseSampling().run(rolled(raster, pixel_cnn(norm=nn.BatchNorm2d(8)).train(), 2, 5)).module
     reasons = [child.reason for child in module.children() if isinstance(child, Loop) and child.reason]
-    assert equal or True  # the statistics themselves move from call to call
+    assert not [child for child in module.children() if isinstance(child, JacobiWrites)]
     assert any("carries 3 values" in reason and "batch_norm" in reason for reason in reasons)
 
 

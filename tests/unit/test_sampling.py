@@ -1,0 +1,394 @@
+"""The Jacobi solver of sampling loops, on loops built by hand: bits, sweeps, windows, infinities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxjacobi import ops
+from fxjacobi.causality import CausalityProof, prove
+from fxjacobi.certificate import Certificate
+from fxjacobi.errors import GuardFailed
+from fxjacobi.loops import Carried, Literal, Loop, Scanned, Stacked, Step, Table
+from fxjacobi.sampling import JacobiWrites
+from tests.unit.sampling_loops import Sampling, call, recorded, sampling_loop, write
+from tests.unit.sampling_models import made, pixel_cnn
+
+aten = torch.ops.aten
+inf, nan = float("inf"), float("nan")
+
+
+def solve(sampling: Sampling, *, window: int | None = None) -> tuple[JacobiWrites, tuple[Any, ...]]:
+    proof = prove(sampling.loop, sampling.known)
+    assert isinstance(proof, CausalityProof), proof
+    block = JacobiWrites(proof, window=window)
+    with torch.no_grad():
+        return block, block(*sampling.operands)
+
+
+def same(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        if not torch.equal(torch.nan_to_num(a, 7.5), torch.nan_to_num(b, 7.5)) or not torch.equal(a.isnan(), b.isnan()):
+            return False
+    return True
+
+
+def made_loop(
+    size: int = 12, batch: int = 3, start: torch.Tensor | None = None, noise: torch.Tensor | None = None, **kwargs: Any
+) -> Sampling:
+    """``x[:, t] = mean_t(x) + exp(scale_t(x)) * noise_t``."""
+    start = torch.zeros(batch, size) if start is None else start
+    net, tensors = recorded(made(size, 32), start)
+    noise = torch.randn(size, batch) if noise is None else noise
+
+    def body(x: Any, t: Any, n: Any, *weights: Any) -> Any:
+        out = net(x, *weights)
+        mean = call(aten.select.int, call(aten.slice.Tensor, out, 1, 0, size), 1, t)
+        scale = call(aten.select.int, call(aten.slice.Tensor, out, 1, size, 2 * size), 1, t)
+        value = call(aten.add.Tensor, mean, call(aten.mul.Tensor, call(aten.exp.default, scale), n))
+        return write(x, value, (None, t)), value, scale
+
+    return sampling_loop(body, start, [range(size)], noise, tensors, **kwargs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 11, 12])
+def test_equals_the_loop_bit_for_bit(window: int | None) -> None:
+    sampling = made_loop()
+    block, found = solve(sampling, window=window)
+    assert same(found, sampling.ordinary())
+    assert block.last is not None
+    assert block.last.prefixes[-1] == 12
+    assert list(block.last.prefixes) == sorted(set(block.last.prefixes))  # every sweep makes progress
+
+
+def test_results_of_single_steps_and_stacks() -> None:
+    results = [Step(0, 11), Step(0, 4), Stacked(1), Step(2, 7), Stacked(0)]
+    for window in (None, 5):
+        sampling = made_loop(results=results)
+        _, found = solve(sampling, window=window)
+        assert same(found, sampling.ordinary())
+
+
+def test_the_sweep_after_the_answer_changes_nothing() -> None:
+    block, _ = solve(made_loop(size=96))
+    assert block.last is not None
+    assert block.last.sweeps < 40
+    assert block.last.certificate is Certificate.REPEATED
+
+
+# -- values that are not finite -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [inf, -inf, nan])
+@pytest.mark.parametrize("step", [0, 5, 11])
+@pytest.mark.parametrize("window", [None, 4])
+def test_non_finite_values_of_the_ordinary_run_are_kept(value: float, step: int, window: int | None) -> None:
+    # From the step that samples an infinity on, 0 * inf is NaN in the ordinary run too, for everything that follows.
+    noise = torch.randn(12, 3)
+    noise[step, 1] = value
+    sampling = made_loop(noise=noise)
+    block, found = solve(sampling, window=window)
+    assert same(found, sampling.ordinary())
+    assert not torch.isfinite(found[0]).all()
+    if step == 5:
+        assert block.last is not None
+        assert block.last.certificate is Certificate.FELL_BACK
+        assert 0 < block.last.completed <= 7
+
+
+@pytest.mark.parametrize("value", [inf, nan])
+def test_initial_values_that_are_not_finite(value: float) -> None:
+    # The ordinary run multiplies what is not written yet by the masks' zeros: everything is NaN.
+    sampling = made_loop(start=torch.full((3, 12), value))
+    _, found = solve(sampling)
+    assert same(found, sampling.ordinary())
+    assert found[0].isnan().all()
+
+
+def chain(grow: float, size: int = 10) -> Sampling:
+    """``x[t] = f(w_t . x)`` with ``w`` strictly lower triangular, where ``f`` swings and guesses overflow."""
+    weight = torch.full((size, size), grow).tril(-1)
+
+    def body(x: Any, t: Any, n: Any, w: Any) -> Any:
+        squared = call(aten.mul.Tensor, x, x)
+        mixed = call(aten.mm.default, squared, call(aten.t.default, w))
+        value = call(aten.sub.Tensor, n, call(aten.select.int, mixed, 1, t))
+        return write(x, value, (None, t))
+
+    torch.manual_seed(0)
+    return sampling_loop(body, torch.zeros(2, size), [range(size)], torch.randn(size, 2), [weight])
+
+
+def test_guesses_that_overflow_do_not_spread() -> None:
+    # Squares of squares: guesses of late positions overflow in a few sweeps, long before they are final.
+    sampling = chain(0.5)
+    block, found = solve(sampling)
+    wanted = sampling.ordinary()
+    assert same(found, wanted)
+    assert not torch.isfinite(wanted[0]).all()  # so does the ordinary run, at its end
+    assert block.last is not None
+
+
+def guess_overflows() -> Sampling:
+    """``x[0]`` = 1, ``x[1] = exp(200 (0.5 - x[0]))``, ``x[2] = -x[1]``, ...: finite in order, infinite as a first guess."""
+    size = 6
+    weight = torch.zeros(size, size)
+    weight[1, 0], weight[2, 1], weight[3, 2], weight[4, 3], weight[5, 4] = -200.0, 1.0, 1.0, 1.0, 1.0
+    bias = torch.tensor([0.0, 100.0, 0.0, 0.0, 0.0, 0.0])
+
+    def body(x: Any, t: Any, n: Any, w: Any, b: Any) -> Any:
+        out = call(aten.exp.default, call(aten.addmm.default, b, x, call(aten.t.default, w)))
+        value = call(aten.mul.Tensor, call(aten.select.int, out, 1, t), n)
+        return write(x, value, (None, t))
+
+    return sampling_loop(body, torch.zeros(2, size), [range(size)], torch.ones(size, 2), [weight, bias])
+
+
+def test_an_infinite_guess_is_reset_and_the_answer_is_finite() -> None:
+    sampling = guess_overflows()
+    block, found = solve(sampling)
+    assert torch.isfinite(found[0]).all()
+    assert same(found, sampling.ordinary())
+    assert block.last is not None
+    assert block.last.completed == 0
+
+
+def test_without_resetting_an_infinite_guess_would_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxjacobi import sampling as module
+
+    sampling = guess_overflows()
+    monkeypatch.setattr(module._Solve, "_reset", lambda *_, **__: False)
+    monkeypatch.setattr(module, "_any_nan", lambda flags: False)
+    _, found = solve(sampling)
+    assert not same(found, sampling.ordinary())
+
+
+def hidden_overflow() -> Sampling:
+    """A finite guess overflows inside the network, and reaches integer tokens through an argmax that swallows the NaN."""
+    size = 5
+    weight = torch.eye(size)[[0, 0, 1, 2, 3]]
+    weight[0] = 0.0
+
+    def body(x: Any, t: Any, n: Any, w: Any) -> Any:
+        real = call(aten.mul.Tensor, call(aten._to_copy.default, x), 1.0)
+        big = call(aten.exp.default, call(aten.mul.Tensor, real, 60.0))
+        mixed = call(aten.mm.default, big, call(aten.t.default, w))
+        chosen = call(aten.gt.Tensor, call(aten.select.int, mixed, 1, t), n)
+        return write(x, call(aten._to_copy.default, chosen), (None, t))
+
+    noise = torch.full((size, 2), 0.5)
+    noise[0] = -1.0
+    return sampling_loop(body, torch.zeros(2, size, dtype=torch.long), [range(size)], noise, [weight])
+
+
+def test_overflow_inside_the_network_is_noticed_behind_a_comparison() -> None:
+    sampling = hidden_overflow()
+    block, found = solve(sampling)
+    assert same(found, sampling.ordinary())
+    assert block.last is not None
+
+
+def poisoned_guess() -> Sampling:
+    """A finite guess (x1 = 3, in order 0) makes ``exp(60 x1)`` infinite, and ``0 * inf`` turns a comparison over."""
+    weight = torch.zeros(3, 3)
+    weight[1, 0] = weight[2, 1] = 1.0
+
+    def body(x: Any, t: Any, n: Any, w: Any) -> Any:
+        big = call(aten.exp.default, call(aten.mul.Tensor, x, 60.0))
+        mixed = call(aten.mm.default, big, call(aten.t.default, w))
+        low = call(aten.lt.Scalar, call(aten.select.int, mixed, 1, t), 1e6)
+        value = call(aten.mul.Tensor, call(aten._to_copy.default, low), n)
+        return write(x, value, (None, t))
+
+    noise = torch.tensor([[1.0], [3.0], [2.0]])
+    return sampling_loop(body, torch.zeros(1, 3), [range(3)], noise, [weight])
+
+
+def test_a_finite_guess_that_overflows_inside_the_network_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = poisoned_guess()
+    wanted = sampling.ordinary()
+    block, found = solve(sampling)
+    assert same(found, wanted)
+    assert block.last is not None
+    assert block.last.certificate is not Certificate.FELL_BACK
+    # The flag is what notices it: without it, a NaN that a comparison swallows would be taken for an answer.
+    from fxjacobi import sampling as module
+
+    monkeypatch.setattr(module, "_any_nan", lambda flags: False)
+    _, blind = solve(sampling)
+    assert same(blind, wanted) is (blind[0].tolist() == wanted[0].tolist())
+
+
+# -- forms of loops -------------------------------------------------------------------------------------------------
+
+
+def test_raster_order_through_nested_scatters() -> None:
+    side, batch = 5, 2
+    start = torch.zeros(batch, 1, side, side)
+    net, tensors = recorded(pixel_cnn(), start)
+    places = [(i, j) for i in range(side) for j in range(side)]
+
+    def body(x: Any, i: Any, j: Any, n: Any, *weights: Any) -> Any:
+        here = call(aten.select.int, call(aten.select.int, net(x, *weights), 2, i), 2, j)
+        mean, scale = call(aten.select.int, here, 1, 0), call(aten.select.int, here, 1, 1)
+        value = call(aten.add.Tensor, mean, call(aten.mul.Tensor, call(aten.exp.default, scale), n))
+        row = call(aten.select.int, x, 2, i)
+        row = call(aten.select_scatter.default, row, call(aten.unsqueeze.default, value, 1), 2, j)
+        return call(aten.select_scatter.default, x, row, 2, i)
+
+    literals = [[i for i, _ in places], [j for _, j in places]]
+    sampling = sampling_loop(body, start, literals, torch.randn(len(places), batch), tensors)
+    for window in (None, 7):
+        block, found = solve(sampling, window=window)
+        assert same(found, sampling.ordinary())
+        assert block.last is not None
+        assert block.last.sweeps < len(places)
+
+
+def several_writes(*, ahead: bool = False) -> Sampling:
+    """Two writes a step, the second after another run of the network that sees the first."""
+    size, batch = 8, 3
+    net, tensors = recorded(made(size, 32), torch.zeros(batch, size))
+
+    def body(x: Any, a: Any, b: Any, n: Any, *weights: Any) -> Any:
+        first = call(aten.mul.Tensor, call(aten.select.int, net(x, *weights), 1, b if ahead else a), n)
+        x1 = write(x, first, (None, a))
+        second = call(aten.add.Tensor, call(aten.select.int, net(x1, *weights), 1, b), n)
+        return write(x1, second, (None, b)), second
+
+    literals = [range(0, size, 2), range(1, size, 2)]
+    results = [Step(0, 3), Step(0, 1), Stacked(1)]
+    return sampling_loop(body, torch.zeros(batch, size), literals, torch.randn(4, batch), tensors, results=results)
+
+
+def test_several_writes_a_step_share_one_evaluation() -> None:
+    sampling = several_writes()
+    for window in (None, 2):
+        block, found = solve(sampling, window=window)
+        assert same(found, sampling.ordinary())
+        assert sum(node.target is aten.addmm.default for node in block.network.graph.nodes) == 3
+
+
+def test_a_read_between_two_writes_may_not_see_the_second() -> None:
+    # Element b of the network's output depends on element a, which the read before the first write does not see.
+    refusal = prove(several_writes(ahead=True).loop, several_writes(ahead=True).known)
+    assert not isinstance(refusal, CausalityProof)
+    assert refusal.element is not None
+
+
+def test_several_elements_a_step_and_reads_of_the_base() -> None:
+    size, batch = 12, 2
+    weight = torch.randn(size, size).tril(-3)
+    weight = weight * torch.kron(torch.ones(4, 4).tril(-1), torch.ones(3, 3))
+
+    def body(x: Any, low: Any, high: Any, n: Any, w: Any) -> Any:
+        mixed = call(aten.mm.default, x, call(aten.t.default, w))
+        value = call(aten.mul.Tensor, call(aten.slice.Tensor, mixed, 1, low, high), n)
+        before = call(aten.slice.Tensor, x, 1, low, high)  # what was there before the loop
+        return call(aten.slice_scatter.default, x, call(aten.add.Tensor, value, before), 1, low, high)
+
+    literals = [range(0, size, 3), range(3, size + 1, 3)]
+    sampling = sampling_loop(body, torch.randn(batch, size), literals, torch.randn(4, batch, 3), [weight])
+    _, found = solve(sampling)
+    assert same(found, sampling.ordinary())
+
+
+def test_a_permuted_transposed_array() -> None:
+    size, batch = 6, 4
+    order = [4, 0, 5, 2, 1, 3]
+    weight = torch.zeros(size, size)
+    for place, row in enumerate(order):
+        weight[row, order[:place]] = torch.randn(place)
+    start = torch.zeros(size, batch).t()
+
+    def body(x: Any, t: Any, n: Any, w: Any) -> Any:
+        mixed = call(aten.tanh.default, call(aten.mm.default, x, call(aten.t.default, w)))
+        return write(x, call(aten.add.Tensor, call(aten.select.int, mixed, 1, t), n), (None, t))
+
+    sampling = sampling_loop(body, start, [order], torch.randn(size, batch), [weight])
+    block, found = solve(sampling)
+    assert block.proof.depth == size
+    assert same(found, sampling.ordinary())
+    assert found[0].stride() == sampling.ordinary()[0].stride()
+
+
+def test_tables_python_values_and_guards() -> None:
+    sampling = made_loop(size=6)
+    loop, noise = sampling.loop, sampling.operands[1]
+
+    # The same loop with a table of noise, and a branch on each value.
+    graph = loop.body.graph
+    value = graph.output_node().args[0][1]  # type: ignore[index]
+    with graph.inserting_before(graph.output_node()):
+        positive = graph.call_function(aten.gt.Scalar, (value, -1e9))
+        every = graph.call_function(aten.all.default, (positive,))
+        check = graph.call_function(ops.guard, (every, True))
+        for node in (positive, every, check):
+            node.meta["spec"] = None if node is check else value.meta["spec"]
+    loop.body.recompile()
+    bindings = [Table(tuple(range(8, 14))) if isinstance(b, Scanned) else b for b in loop.bindings]
+    tabled = Loop(loop.body, 6, bindings, loop.results)
+    operands = [sampling.operands[0], noise, *sampling.operands[2:]]
+    operands += [torch.zeros(())] * (8 - len(operands)) if len(operands) < 8 else []
+    first = len(operands)
+    bindings = [Table(tuple(range(first, first + 6))) if isinstance(b, Scanned) else b for b in loop.bindings]
+    tabled = Loop(loop.body, 6, bindings, loop.results)
+    operands += list(noise)
+    known = [*sampling.known, *[None] * (first - len(sampling.known)), *sampling.known[1:2] * 0]
+    from fxjacobi.causal_rules.interpreter import operand_value
+
+    known += [operand_value(row, None) for row in noise]
+    proof = prove(tabled, known)
+    assert isinstance(proof, CausalityProof), proof
+    with torch.no_grad():
+        assert same(JacobiWrites(proof)(*operands), tabled(*operands))
+        wild = [*operands[:first], *(row - 1e30 for row in noise)]
+        with pytest.raises(GuardFailed):
+            tabled(*wild)
+        with pytest.raises(GuardFailed):
+            JacobiWrites(proof)(*wild)
+
+
+def test_gradients_run_the_loop_in_order() -> None:
+    sampling = made_loop()
+    proof = prove(sampling.loop, sampling.known)
+    assert isinstance(proof, CausalityProof)
+    block = JacobiWrites(proof)
+    start, noise, *tensors = sampling.operands
+    noise = noise.clone().requires_grad_()
+    (found,) = block(start, noise, *tensors)
+    found.sum().backward()
+    assert noise.grad is not None
+    assert block.last is not None
+    assert block.last.certificate is Certificate.SEQUENTIAL
+
+
+def test_a_python_value_at_each_step_has_no_window() -> None:
+    net, tensors = recorded(made(6, 16), torch.zeros(2, 6))
+
+    def body(x: Any, t: Any, temperature: Any, n: Any, *weights: Any) -> Any:
+        value = call(aten.mul.Tensor, call(aten.select.int, net(x, *weights), 1, t), temperature)
+        return write(x, call(aten.add.Tensor, value, n), (None, t))
+
+    literals: list[Any] = [range(6), [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]]
+    sampling = sampling_loop(body, torch.zeros(2, 6), literals, torch.randn(6, 2), tensors)
+    _, found = solve(sampling)
+    assert same(found, sampling.ordinary())
+    with pytest.raises(ValueError, match="no window"):
+        solve(sampling, window=3)
+
+
+def test_a_window_needs_a_step() -> None:
+    with pytest.raises(ValueError, match="no progress"):
+        solve(made_loop(), window=0)
+
+
+def test_the_bindings_used_here_are_those_of_a_recorded_loop() -> None:
+    kinds = {type(binding) for binding in made_loop().loop.bindings}
+    assert {Carried, Literal, Scanned} <= kinds
+    assert nn.Module
