@@ -179,10 +179,8 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         result = fn(*args, **kwargs)
     elapsed = time.perf_counter() - start
     try:
-        if recorder.failure is not None:
-            raise recorder.failure
-        if random.getstate() != python_random or not _equal_states(np.random.get_state(), numpy_random):
-            raise CaptureError("the run drew from Python's or NumPy's generator", remedy="draw with torch")
+        recorder.raise_failure()
+        _check_generators(python_random, numpy_random)
         finished = _Finish(recorder, watch, tensors, placeholders, outliner, root)
         return Recorded(result, finished.capture(skeleton, saved_inputs, result, elapsed), None)
     except CaptureError as error:
@@ -215,7 +213,6 @@ class _Attacher:
 def _warm_up() -> None:
     """The first dispatch mode of a process imports a second's worth of torch: that is not the user's run."""
 
-
     class _Nothing(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return func(*args, **(kwargs or {}))
@@ -232,6 +229,11 @@ def _arrays(skeleton: Skeleton) -> bool:
 
 def _requires_grad(tensors: list[torch.Tensor], watch: Watch) -> bool:
     return any(t.requires_grad for t in tensors) or any(t.requires_grad for _, t in watch.tensors.values())
+
+
+def _check_generators(python_random: Any, numpy_random: Any) -> None:
+    if random.getstate() != python_random or not _equal_states(np.random.get_state(), numpy_random):
+        raise CaptureError("the run drew from Python's or NumPy's generator", remedy="draw with torch")
 
 
 def _equal_states(a: Any, b: Any) -> bool:
@@ -256,7 +258,7 @@ def _patched(recorder: Recorder, outliner: Outliner) -> Iterator[None]:
         original = getattr(torch.Tensor, name)
 
         def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            recorder.leak(tensor, f"Tensor.{name}")
+            recorder.leak(f"Tensor.{name}")
             return original(tensor, *args, **kwargs)
 
         return method

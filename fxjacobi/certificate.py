@@ -20,6 +20,7 @@ class Certificate(Enum):
     TOLERANCE = "the last update was within the tolerance asked for"
     RESIDUAL = "every equation holds within the tolerance asked for, and the updates die out"
     SCANNED = "the equations are affine: one scan solved them, and each holds within the tolerance asked for"
+    NOT_FINITE = "a value was not finite where the proof needs it to be; the rest was run in the ordinary order"
     FELL_BACK = "the sweeps did not converge within their bound; the rest was run in the ordinary order"
 
 

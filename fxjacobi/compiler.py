@@ -241,7 +241,7 @@ class _Compilation:
                 )
                 if not same:
                     demoted.append(f"{target} ({method_of(block)})")
-                    setattr(loop, "reason", f"its first result by {method_of(block)} differed from the ordinary run's")
+                    loop.reason = f"its first result by {method_of(block)} differed from the ordinary run's"
                     module.add_module(str(target), loop)
                 return wanted
 

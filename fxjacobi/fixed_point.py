@@ -23,19 +23,44 @@ _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:
-    value = value.detach()
     if value.is_complex():
         value = torch.view_as_real(value.resolve_conj())
-    return value.resolve_neg().view(_INTEGER_OF_SIZE[value.element_size()])
+    if value.is_neg():
+        value = value.resolve_neg()
+    return value.view(_INTEGER_OF_SIZE[value.element_size()])
+
+
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a kernel cannot tell ``a`` from ``b``: the same bits (of NaNs and zeros too), dtype, shape and strides."""
-    if a is b:
-        return True
-    if (a.shape, a.dtype, a.device, a.stride()) != (b.shape, b.dtype, b.device, b.stride()):
-        return False
-    return torch.equal(_bits(a), _bits(b))
+    return a is b or (_same_layout(a, b) and torch.equal(_bits(a.detach()), _bits(b.detach())))
+
+
+class _State:
+    """All that later steps read, the newest values first; the integer views are made once."""
+
+    __slots__ = ("_bits", "values")
+
+    def __init__(self, values: Sequence[torch.Tensor]) -> None:
+        self.values = values
+        self._bits: list[torch.Tensor | None] = [None] * len(values)
+
+    def bits(self, index: int) -> torch.Tensor:
+        """The bits of one value."""
+        found = self._bits[index]
+        if found is None:
+            found = self._bits[index] = _bits(self.values[index])
+        return found
+
+    def equals(self, other: _State) -> bool:
+        """Whether the two states are the same to every kernel; misses are found in the newest value."""
+        for i, (a, b) in enumerate(zip(self.values, other.values, strict=True)):
+            if a is not b and not (a.dtype is b.dtype and torch.equal(self.bits(i), other.bits(i))):
+                return False
+        return all(a is b or _same_layout(a, b) for a, b in zip(self.values, other.values, strict=True))
 
 
 class FixedPoint(nn.Module):
@@ -88,7 +113,7 @@ class FixedPoint(nn.Module):
             step += 1
             state = self._state(operands, outputs, step)
             if step < trip_count and step >= next_check:
-                start = step - 1 if _same_state(state, before) else saved_at if _same_state(state, saved) else None
+                start = step - 1 if state.equals(before) else saved_at if state.equals(saved) else None
                 if start is not None:
                     return self._repeat(operands, outputs, start, step)
                 misses += 1
@@ -115,13 +140,15 @@ class FixedPoint(nn.Module):
         before = step - binding.distance
         return outputs[before][binding.output] if before >= 0 else operands[binding.init[step]]
 
-    def _state(self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> list[torch.Tensor]:
+    def _state(self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> _State:
         """All that the steps from ``step`` on read, the newest values first."""
-        return [
-            self._carried(binding, operands, outputs, step + ahead)
-            for binding in self._carries
-            for ahead in reversed(range(binding.distance))
-        ]
+        return _State(
+            [
+                self._carried(binding, operands, outputs, step + ahead)
+                for binding in self._carries
+                for ahead in reversed(range(binding.distance))
+            ]
+        )
 
     def _forget(self, outputs: dict[int, Sequence[Any]], step: int) -> None:
         """Drop what neither a later step nor a result reads."""
@@ -161,9 +188,5 @@ class FixedPoint(nn.Module):
         return f"at most {self.loop.trip_count} steps"
 
 
-def _same_state(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
-    return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _on_cpu(state: Sequence[torch.Tensor]) -> bool:
-    return all(value.device.type == "cpu" for value in state)
+def _on_cpu(state: _State) -> bool:
+    return all(value.device.type == "cpu" for value in state.values)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import fx
-
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from fxjacobi.errors import PassError

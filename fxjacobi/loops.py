@@ -216,4 +216,5 @@ class Loop(nn.Module):
         return Kind.FIXED_POINT
 
     def extra_repr(self) -> str:
+        """The loop's parts, for printing."""
         return f"trip_count={self.trip_count}, bindings={self.bindings}, results={self.results}"

@@ -7,6 +7,7 @@ under a geometry of its own and found by its ``requires_grad``.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -227,7 +228,7 @@ class Memory:
         outwards = list(reversed(chain))
         steps = [
             (region.views[after].op, region.views[after].args, tuple(before[1]))
-            for before, after in zip(outwards, outwards[1:], strict=False)
+            for before, after in pairwise(outwards)
         ]
         base_node = self.regenerate(region, region.base)
         index = basic_view_index(steps, tuple(region.base[1]))
@@ -236,7 +237,7 @@ class Memory:
             return value
         if index is not None:
             return self.emit(ops.write, (base_node, value, index), {}, base_spec)
-        for here, parent in zip(chain, chain[1:], strict=False):
+        for here, parent in pairwise(chain):
             view = region.views[here]
             inverse = inverse_view(view.op, view.args, tuple(parent[1]), parent[0])
             if inverse is None:

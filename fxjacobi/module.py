@@ -54,7 +54,7 @@ class SolvedModule(nn.Module):
             if specialisation.valid():
                 self._last = specialisation
                 return specialisation(tensors, args, kwargs)
-        if _python_dispatch._len_torch_dispatch_stack() or _functorch.peek_interpreter_stack() is not None:
+        if len(_python_dispatch._get_current_dispatch_mode_stack()) or _functorch.peek_interpreter_stack() is not None:
             return self._original(*args, **kwargs)  # inside another tracer or transform: let it see the original
         with self._lock:
             result, specialisation = specialise(self._original, args, kwargs, self._options)
@@ -97,6 +97,7 @@ class SolvedModule(nn.Module):
             return getattr(original, name)
 
     def extra_repr(self) -> str:
+        """How many signatures were specialised."""
         return f"{len(self._specialisations)} signatures"
 
 

@@ -82,7 +82,7 @@ class Outliner:
         recorder.overhead_s += time.perf_counter() - begun
         if entry is None or not usable:
             return original(module, *args, **kwargs)
-        return self._again(entry, key, original, module, args, kwargs, inputs)
+        return self._again(entry, original, module, args, kwargs, inputs)
 
     def _input_nodes(self, tensors: list[torch.Tensor]) -> list[fx.Node] | None:
         recorder = self._recorder
@@ -90,13 +90,17 @@ class Outliner:
         for tensor in tensors:
             region = recorder.memory.regions.get(storage_key(tensor)) if type(tensor) is torch.Tensor else None
             # A view not registered yet, or memory first met here, is left to the ordinary recording.
-            if region is None or region.tensor is tensor and region.origin is not None and region.origin.op == "get_attr":  # noqa: E501
+            if region is None or (region.tensor is tensor and self._is_attribute(region)):
                 return None
             try:
                 nodes.append(recorder.memory.lookup(tensor))
             except Exception:  # noqa: BLE001 - the ordinary recording meets it again and reports it with its site
                 return None
         return nodes
+
+    @staticmethod
+    def _is_attribute(region: Region) -> bool:
+        return region.origin is not None and region.origin.op == "get_attr"
 
     def _valid(self, entry: _Entry) -> bool:
         untouched = not any(region.version for region in entry.regions)
@@ -161,7 +165,7 @@ class Outliner:
         )  # fmt: skip
 
     def _again(
-        self, entry: _Entry, key: Any, original: Any, module: nn.Module, args: Any, kwargs: Any, inputs: list[fx.Node]
+        self, entry: _Entry, original: Any, module: nn.Module, args: Any, kwargs: Any, inputs: list[fx.Node]
     ) -> Any:
         recorder = self._recorder
         recorder.paused = True

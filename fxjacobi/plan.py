@@ -5,16 +5,15 @@ from __future__ import annotations
 import html
 import io
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import networkx as nx
 from rich.console import Console
 from rich.table import Table
 
-from fxjacobi.loops import Kind
-
 if TYPE_CHECKING:
-    from pathlib import Path
+    from fxjacobi.loops import Kind
 
 __all__ = ["BlockPlan", "Candidate", "Plan"]
 
@@ -152,7 +151,7 @@ class Plan:
 
     def to_html(self, path: str | Path) -> None:
         """Write the plan as one self-contained page."""
-        head = "block kind method equations ops where why".split()
+        head = ["block", "kind", "method", "equations", "ops", "where", "why"]
         rows = [
             (
                 b.name, b.kind.value if b.kind else "straight", b.method, b.equations, b.operations, b.site,
@@ -171,5 +170,4 @@ class Plan:
 border-bottom:1px solid #ddd;font-family:ui-monospace,monospace;vertical-align:top}}</style>
 <h1>fxjacobi plan ({html.escape(self.contract)})</h1><p>{html.escape(self.reason)}</p>{timing}
 <table><tr>{titles}</tr>{cells}</table><ul>{notes}</ul></html>"""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
+        Path(path).write_text(page, encoding="utf-8")

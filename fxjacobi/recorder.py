@@ -122,6 +122,11 @@ class Recorder(TorchDispatchMode):
         self.overhead_s += (middle - start) + (time.perf_counter() - after)
         return result
 
+    def raise_failure(self) -> None:
+        """Raise what stopped the recording, if something did."""
+        if self.failure is not None:
+            raise self.failure
+
     def refuse(self, message: str, remedy: str | None = None) -> CaptureError:
         """Return the error for something met at the present site."""
         return CaptureError(message, site=str(self.memory.site) if self.memory.site else None, remedy=remedy)
@@ -270,8 +275,8 @@ class Recorder(TorchDispatchMode):
         """Several views at once: each becomes the select or slice that it is."""
         source = args[0]
         rank = source.dim()
-        dim = args[-1] if func is not aten.unbind.int and len(args) > 2 else (args[1] if func is aten.unbind.int and len(args) > 1 else 0)  # noqa: E501
-        dim %= rank
+        place = 1 if func is aten.unbind.int else 2
+        dim = (args[place] if len(args) > place else 0) % rank
         start = 0
         for position, item in enumerate(result):
             if func is aten.unbind.int:
@@ -375,7 +380,7 @@ class Recorder(TorchDispatchMode):
 
     # -- what leaves the dispatcher --------------------------------------------------------------------------------
 
-    def leak(self, tensor: torch.Tensor, what: str) -> None:
+    def leak(self, what: str) -> None:
         """Called when Python reads a tensor's memory past the dispatcher (``numpy()``, ``data_ptr()``)."""
         if self.paused or self.failure is not None:
             return

@@ -103,9 +103,7 @@ def find_repeats(tape: Tape, *, minimum_trips: int = 3, minimum_nodes: int = 8) 
         low, high = stretches.pop()
         if high - low < max(minimum_nodes, minimum_trips):
             continue
-        repeats = sorted(
-            _Search(tape, low, high, minimum_trips, minimum_nodes).run(), key=lambda repeat: repeat.start
-        )
+        repeats = sorted(_Search(tape, low, high, minimum_trips, minimum_nodes).run(), key=lambda repeat: repeat.start)
         if repeats:
             found += repeats
             edges = [low, *(edge for repeat in repeats for edge in (repeat.start, repeat.stop)), high]

@@ -170,7 +170,7 @@ class _Solve:
         done = self.final // self.count
         completed = 0
         if self.poisoned:
-            completed, certificate = self.structure.trip_count - done, Certificate.FELL_BACK
+            completed, certificate = self.structure.trip_count - done, Certificate.NOT_FINITE
         block.last = Solution(
             self.sweeps, certificate, residual=0.0, prefixes=tuple(self.prefixes), completed=completed
         )

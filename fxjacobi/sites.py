@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SiteFinder"]
 
-_INTERNAL = tuple(
-    os.path.join(os.path.dirname(os.path.realpath(f)), "") for f in (torch.__file__, __file__)
-)
-_OWN_PASSES = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "passes", "")
+_OWN = Path(__file__).resolve().parent
+_INTERNAL = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).resolve().parent, _OWN, _OWN.parent / "passes"))
 
 
 class SiteFinder:
@@ -41,7 +40,7 @@ class SiteFinder:
             internal = self._internal.get(code)
             if internal is None:
                 path = os.path.realpath(code.co_filename)
-                internal = path.startswith((*_INTERNAL, _OWN_PASSES)) or code.co_filename.startswith("<frozen")
+                internal = path.startswith(_INTERNAL) or code.co_filename.startswith("<frozen")
                 self._internal[code] = internal
                 if not internal:
                     self.namespaces[code] = frame.f_globals

@@ -196,7 +196,12 @@ def tabulate(module: fx.GraphModule) -> Tape:
                     kind = submodules[str(target)]
                 labels.append(intern.labels.setdefault((kind, spec, *structure), len(intern.labels)))
         select = nothing
-        if target is _aten.select.int and type(args[1]) is int and type(args[2]) is int and isinstance(args[0], fx.Node):
+        if (
+            target is _aten.select.int
+            and type(args[1]) is int
+            and type(args[2]) is int
+            and isinstance(args[0], fx.Node)
+        ):
             select = (reference[args[0]], args[1], args[2])
         selects.append(select)
         computes.append(target not in _FREE and op != "output")

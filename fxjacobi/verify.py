@@ -29,7 +29,7 @@ class Difference:
     count: int
 
     def __str__(self) -> str:
-        return f"output {self.output} at {self.index}: found {self.found!r}, ordinary run {self.wanted!r} ({self.count} differ)"  # noqa: E501
+        return f"output {self.output} at {self.index}: found {self.found!r}, ordinary run {self.wanted!r} ({self.count} differ)"
 
 
 def equal(found: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ are read live, only rebinding one (``model.weight = other``) invalidates a speci
 from __future__ import annotations
 
 import functools
+import re
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ _MODULE_INTERNALS = frozenset(
         "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
     }
 )  # fmt: skip
+_INSIDE = re.compile(r"\._(parameters|buffers|modules)\.")
 _MAX_ENTRIES = 200_000
 
 
@@ -111,9 +113,12 @@ class Watch:
             return self._function(value, path)
         if isinstance(value, types.CellType):
             return []
-        if isinstance(value, type) or isinstance(value, types.ModuleType):
+        return self._object(value, path)
+
+    def _object(self, value: Any, path: str) -> list[tuple[Any, str]]:
+        if isinstance(value, (type, types.ModuleType)):
             return []
-        fields = getattr(value, "__dict__", None)
+        fields: Any = getattr(value, "__dict__", None)
         if isinstance(fields, dict) and not type(value).__module__.startswith("torch._"):
             self._keys.append((fields, frozenset(fields), path))
             children = self._mapping(fields, dict(fields), path)
@@ -130,7 +135,7 @@ class Watch:
             name = f"{path}.{key}"
             self._names.append(name)
             if not primitive:
-                children.append((item, name.replace("._parameters.", ".").replace("._buffers.", ".").replace("._modules.", ".")))  # noqa: E501
+                children.append((item, _INSIDE.sub(".", name)))
         return children
 
     def _function(self, function: types.FunctionType, path: str) -> list[tuple[Any, str]]:

@@ -157,11 +157,12 @@ _SIZES = frozenset({"size", "shape"})
 
 # A number that changes from step to step stands for a tensor in these.
 _TENSOR_FORM: dict[Any, Any] = {
-    packet.Scalar: packet.Tensor
+    getattr(packet, overload): packet.Tensor
     for packet in (
         aten.add, aten.sub, aten.mul, aten.div, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.remainder,
     )
-} | {aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor}
+    for overload in ("Scalar", "Tensor")
+} | {aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor}  # fmt: skip
 
 
 def ways_of(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]:
@@ -498,14 +499,14 @@ def _with_literals(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]
     node, steps = operation.node, operation.steps
     args: tuple[Any, ...] = node.args
     target: Any = node.target
-    if target in _TENSOR_FORM and len(args) == 2 and operation.is_batched(args[0]):
+    if target in _TENSOR_FORM and len(args) == 2 and args[0] in operation.tensors and args[1] not in operation.tensors:
         values = operation.literals[args[1]]
         value = args[0]
         rank = len(operation.shape(value))
 
         def build(env: _Env) -> Any:
             number = _record(batched.numbers, values, [steps, *[1] * rank], env[value])
-            return _TENSOR_FORM[target](env[value], number)
+            return _TENSOR_FORM[target](env[value], number, **node.kwargs)
 
         spec = spec_of(value)
         assert isinstance(spec, TensorSpec)

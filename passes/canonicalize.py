@@ -244,7 +244,12 @@ class _Canonicalizer:
         return self.read(node, source, dim, (start, stop, step))
 
     def read(
-        self, node: fx.Node, source: fx.Node, dim: int, entry: int | tuple[int, int, int], outer: TensorSpec | None = None
+        self,
+        node: fx.Node,
+        source: fx.Node,
+        dim: int,
+        entry: int | tuple[int, int, int],
+        outer: TensorSpec | None = None,
     ) -> fx.Node:
         """``source`` at ``entry`` of ``dim``: what was written there, or a view of the first tensor of its views.
 
@@ -285,9 +290,7 @@ class _Canonicalizer:
     def laid_out(self, made: fx.Node, spec: TensorSpec, node: fx.Node) -> fx.Node:
         """``made`` in ``spec``'s memory layout, if something that reads it may round by layout."""
         need = self.needs.of(node) if self.exact else Need.ELEMENTS
-        if need is Need.ELEMENTS or (
-            _same_layout(tensor(made), spec) and (need is Need.LAYOUT or owns_memory(made))
-        ):
+        if need is Need.ELEMENTS or (_same_layout(tensor(made), spec) and (need is Need.LAYOUT or owns_memory(made))):
             return made
         return self.emit(restride, (made, spec.stride), spec, site_of(node))
 
@@ -361,7 +364,9 @@ class _Canonicalizer:
     def write(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
         base, value, index = args
         spec = tensor(base)
-        if any(isinstance(item, fx.Node) for entry in index for item in (entry if isinstance(entry, tuple) else (entry,))):
+        if any(
+            isinstance(item, fx.Node) for entry in index for item in (entry if isinstance(entry, tuple) else (entry,))
+        ):
             return None
         region = normalised(index, spec.shape)
         if region is None:

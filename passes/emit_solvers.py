@@ -57,4 +57,5 @@ class EmitSolvers(Pass):
     name: ClassVar[str] = "emit_solvers"
 
     def apply(self, module: fx.GraphModule) -> PassResult:
+        """Rename."""
         return PassResult(emit_solvers(module), True)

@@ -54,7 +54,9 @@ def inline_calls(module: fx.GraphModule, *, only_single: bool) -> fx.GraphModule
     return inline_calls(assemble(graph, module, new), only_single=only_single)
 
 
-def _expand(graph: fx.Graph, module: fx.GraphModule, arguments: list[Any], new: dict[str, nn.Module]) -> tuple[Any, ...]:
+def _expand(
+    graph: fx.Graph, module: fx.GraphModule, arguments: list[Any], new: dict[str, nn.Module]
+) -> tuple[Any, ...]:
     """Copy ``module``'s nodes to the end of ``graph`` and return its results."""
     values: dict[fx.Node, Any] = {}
     remaining = iter(arguments)

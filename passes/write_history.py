@@ -129,7 +129,9 @@ class WriteHistory:
         chain.add(_Write(node, value, region))
         self._chains[node] = chain, version + 1
 
-    def part(self, source: fx.Node, rank: int, dim: int, entry: int | tuple[int, int, int]) -> tuple[fx.Node, Region] | None:
+    def part(
+        self, source: fx.Node, rank: int, dim: int, entry: int | tuple[int, int, int]
+    ) -> tuple[fx.Node, Region] | None:
         """The version and region that ``source`` at ``entry`` of its dimension ``dim`` is, if of a written array."""
         root: fx.Node
         region: Region

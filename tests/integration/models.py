@@ -249,6 +249,10 @@ def _complex(z: torch.Tensor) -> torch.Tensor:
     return z
 
 
+def _maker(cell: type[nn.Module], layers: int, outside: bool, write: bool) -> Callable[[], nn.Module]:
+    return lambda: _Rnn(_cell(cell), layers, outside, write)
+
+
 def _cell(cell: type[nn.Module]) -> Callable[[int, int], nn.Module]:
     return lambda a, b: cell(a, b)
 
@@ -266,7 +270,7 @@ CASES = [
     *[
         Case(
             f"{cell.__name__}, {layers} layers, time {'outside' if outside else 'inside'}{', written' if write else ''}",
-            lambda cell=cell, layers=layers, outside=outside, write=write: _Rnn(_cell(cell), layers, outside, write),
+            _maker(cell, layers, outside, write),
             _sequence,
             ("recurrence",),
         )

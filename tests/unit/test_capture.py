@@ -253,7 +253,7 @@ def _from_random(x: torch.Tensor) -> torch.Tensor:
 
 
 def _from_numpy_random(x: torch.Tensor) -> torch.Tensor:
-    return x * float(np.random.rand())  # noqa: NPY002 - the legacy generator is the one that may be shared
+    return x * float(np.random.rand())
 
 
 def _resizes(x: torch.Tensor) -> torch.Tensor:

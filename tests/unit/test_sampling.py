@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from fxjacobi import ops
+from fxjacobi import sampling as module
+from fxjacobi.causal_rules.interpreter import operand_value
 from fxjacobi.causality import CausalityProof, prove
 from fxjacobi.certificate import Certificate
 from fxjacobi.errors import GuardFailed
-from fxjacobi.loops import Carried, Literal, Loop, Scanned, Stacked, Step, Table
+from fxjacobi.loops import Loop, Scanned, Stacked, Step, Table
 from fxjacobi.sampling import JacobiWrites
 from tests.unit.sampling_loops import Sampling, call, recorded, sampling_loop, write
 from tests.unit.sampling_models import made, pixel_cnn
@@ -97,7 +98,7 @@ def test_non_finite_values_of_the_ordinary_run_are_kept(value: float, step: int,
     assert not torch.isfinite(found[0]).all()
     if step == 5:
         assert block.last is not None
-        assert block.last.certificate is Certificate.FELL_BACK
+        assert block.last.certificate is Certificate.NOT_FINITE
         assert 0 < block.last.completed <= 7
 
 
@@ -126,7 +127,7 @@ def chain(grow: float, size: int = 10) -> Sampling:
 
 def test_guesses_that_overflow_do_not_spread() -> None:
     # Squares of squares: guesses of late positions overflow in a few sweeps, long before they are final.
-    sampling = chain(0.5)
+    sampling = chain(3.0)
     block, found = solve(sampling)
     wanted = sampling.ordinary()
     assert same(found, wanted)
@@ -159,8 +160,6 @@ def test_an_infinite_guess_is_reset_and_the_answer_is_finite() -> None:
 
 
 def test_without_resetting_an_infinite_guess_would_spread(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxjacobi import sampling as module
-
     sampling = guess_overflows()
     monkeypatch.setattr(module._Solve, "_reset", lambda *_, **__: False)
     monkeypatch.setattr(module, "_any_nan", lambda flags: False)
@@ -194,7 +193,7 @@ def test_overflow_inside_the_network_is_noticed_behind_a_comparison() -> None:
 
 
 def poisoned_guess() -> Sampling:
-    """A finite guess (x1 = 3, in order 0) makes ``exp(60 x1)`` infinite, and ``0 * inf`` turns a comparison over."""
+    """The first guess of x2, 2.0, makes ``exp(60 x2)`` infinite, and ``0 * inf`` turns the comparison for x1 over."""
     weight = torch.zeros(3, 3)
     weight[1, 0] = weight[2, 1] = 1.0
 
@@ -205,7 +204,7 @@ def poisoned_guess() -> Sampling:
         value = call(aten.mul.Tensor, call(aten._to_copy.default, low), n)
         return write(x, value, (None, t))
 
-    noise = torch.tensor([[1.0], [3.0], [2.0]])
+    noise = torch.tensor([[0.1], [0.05], [2.0]])
     return sampling_loop(body, torch.zeros(1, 3), [range(3)], noise, [weight])
 
 
@@ -215,13 +214,11 @@ def test_a_finite_guess_that_overflows_inside_the_network_is_noticed(monkeypatch
     block, found = solve(sampling)
     assert same(found, wanted)
     assert block.last is not None
-    assert block.last.certificate is not Certificate.FELL_BACK
+    assert block.last.certificate is not Certificate.NOT_FINITE
     # The flag is what notices it: without it, a NaN that a comparison swallows would be taken for an answer.
-    from fxjacobi import sampling as module
-
     monkeypatch.setattr(module, "_any_nan", lambda flags: False)
     _, blind = solve(sampling)
-    assert same(blind, wanted) is (blind[0].tolist() == wanted[0].tolist())
+    assert not same(blind, wanted)
 
 
 # -- forms of loops -------------------------------------------------------------------------------------------------
@@ -331,18 +328,11 @@ def test_tables_python_values_and_guards() -> None:
         for node in (positive, every, check):
             node.meta["spec"] = None if node is check else value.meta["spec"]
     loop.body.recompile()
-    bindings = [Table(tuple(range(8, 14))) if isinstance(b, Scanned) else b for b in loop.bindings]
-    tabled = Loop(loop.body, 6, bindings, loop.results)
-    operands = [sampling.operands[0], noise, *sampling.operands[2:]]
-    operands += [torch.zeros(())] * (8 - len(operands)) if len(operands) < 8 else []
-    first = len(operands)
+    operands = [*sampling.operands, *noise]
+    first = len(sampling.operands)
     bindings = [Table(tuple(range(first, first + 6))) if isinstance(b, Scanned) else b for b in loop.bindings]
     tabled = Loop(loop.body, 6, bindings, loop.results)
-    operands += list(noise)
-    known = [*sampling.known, *[None] * (first - len(sampling.known)), *sampling.known[1:2] * 0]
-    from fxjacobi.causal_rules.interpreter import operand_value
-
-    known += [operand_value(row, None) for row in noise]
+    known = [*sampling.known, *(operand_value(row, None) for row in noise)]
     proof = prove(tabled, known)
     assert isinstance(proof, CausalityProof), proof
     with torch.no_grad():
@@ -386,9 +376,3 @@ def test_a_python_value_at_each_step_has_no_window() -> None:
 def test_a_window_needs_a_step() -> None:
     with pytest.raises(ValueError, match="no progress"):
         solve(made_loop(), window=0)
-
-
-def test_the_bindings_used_here_are_those_of_a_recorded_loop() -> None:
-    kinds = {type(binding) for binding in made_loop().loop.bindings}
-    assert {Carried, Literal, Scanned} <= kinds
-    assert nn.Module

@@ -105,7 +105,9 @@ def test_copies_and_detach() -> None:
     assert len(form(lambda x: aten.neg.default(aten._to_copy.default(x, dtype=torch.float32)), x)) == 1
     assert len(form(lambda x: aten.neg.default(aten._to_copy.default(x, dtype=torch.float64)), x)) == 2
     assert len(form(lambda x: aten.neg.default(aten.detach.default(x)), x)) == 1
-    transposed = form(lambda x: aten.neg.default(aten.clone.default(aten.t.default(x), memory_format=torch.contiguous_format)), x)
+    transposed = form(
+        lambda x: aten.neg.default(aten.clone.default(aten.t.default(x), memory_format=torch.contiguous_format)), x
+    )
     assert len(transposed) == 3  # the copy changes the layout
     module = build(lambda x: aten.neg.default(aten.detach.default(x)), x)
     assert aten.detach.default in targets(canonical(module, gradients=True))

@@ -46,7 +46,10 @@ def test_programs_keep_their_bits(program: Program) -> None:
 def test_dead_code_goes_and_repeated_code_is_computed_once() -> None:
     def build(call: Any, x: Any) -> Any:
         call(aten.exp.default, x)
-        a, b = call(aten.tanh.default, call(aten.mul.Tensor, x, 2)), call(aten.tanh.default, call(aten.mul.Tensor, x, 2))
+        a, b = (
+            call(aten.tanh.default, call(aten.mul.Tensor, x, 2)),
+            call(aten.tanh.default, call(aten.mul.Tensor, x, 2)),
+        )
         return (call(aten.add.Tensor, a, b),)
 
     assert run(build) == [aten.mul.Tensor, aten.tanh.default, aten.add.Tensor]
