@@ -193,7 +193,11 @@ class Adjoint:
                 pairs = [(outputs[o], totals[o][start:stop]) for o in self.outputs if outputs[o].requires_grad]
                 if pairs:
                     found = torch.autograd.grad(
-                        [p[0] for p in pairs], [leaves[i] for i in needing], [p[1] for p in pairs], allow_unused=True
+                        [p[0] for p in pairs],
+                        [leaves[i] for i in needing],
+                        [p[1] for p in pairs],
+                        allow_unused=True,
+                        retain_graph=stop < system.steps,  # ranges share the views of the operands
                     )
                     for index, value in zip(needing, found, strict=True):
                         if value is not None:

@@ -132,7 +132,7 @@ class FixedPoint(nn.Module):
                 arguments.append(self._carried(binding, operands, outputs, step))
             else:
                 arguments.append(operands[binding.operand])  # type: ignore[union-attr]
-        values: Sequence[Any] = self.loop.body(*arguments)
+        values: Sequence[Any] = self.loop.body.forward(*arguments)
         return values
 
     @staticmethod

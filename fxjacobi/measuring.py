@@ -288,6 +288,8 @@ class Batcher:
         inputs = [[values[n].batched[replica] for n in operation.inputs] for replica in range(self.replicas)]
         key = self._key(operation, inputs[0])
         known = _CACHE.get(key) if key is not None else None
+        if known is None:
+            frame.step_value(node, 0, self.sampled[0])
         trials: list[Trial] = []
         best: tuple[Trial, fx.GraphModule, list[Any]] | None = None
         for way, module in self._candidates(frame, operation):

@@ -310,12 +310,12 @@ def classify(tape: Tape, repeat: Repeat) -> Dataflow:
     nodes = np.arange(start, repeat.stop).reshape(trips, period)
     sliced: dict[int, Sliced] = {}
     base = tape.select_base[nodes]
-    for position in np.flatnonzero(np.all(base == base[:1], axis=0) & (base[0] < start)).tolist():
+    for position in np.flatnonzero((base.min(axis=0) == base.max(axis=0)) & (base.max(axis=0) < start)).tolist():
         found = _sliced(tape, nodes[:, position], start)
         if found is not None:
             sliced[position] = found
-    constant = (values == values[0]).all(axis=0)
-    inside = ((values >= start) & ~literal).any(axis=0)
+    constant = values.min(axis=0) == values.max(axis=0)
+    inside = (values.max(axis=0) >= start) & ~literal
     same = inside & (values[-1] >= repeat.stop - period)
     columns: list[Column] = []
     for slot in range(slots):

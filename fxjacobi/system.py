@@ -73,7 +73,8 @@ class System:
         memory_limit: int | None = None,
     ) -> None:
         self.loop = loop
-        self.operands = tuple(operands)
+        # Rows aligned as the loop itself aligns them: the bits of the steps run in order depend on it.
+        self.operands = loop.align(operands)
         self.steps = loop.trip_count
         self.body = BatchedBody.of(loop)
         self.batch: Batch = batch if batch is not None else self.body

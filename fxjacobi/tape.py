@@ -101,16 +101,24 @@ def rebuild(value: Any, leaf: Callable[[Any], Any]) -> Any:
     return leaf(value)
 
 
-class _Interner:
-    """Numbers for specs, labels and literals, in order of first sight."""
+class _Tabulator:
+    """Collects a tape's rows; specs, labels and literals get numbers in order of first sight."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
         self.specs: dict[Any, int] = {}
         self.labels: dict[Any, int] = {}
-        self.literals: dict[Any, int] = {}
-        self.literal_values: list[Any] = []
+        self.literal_numbers: dict[Any, int] = {}
+        self.submodules: dict[str, int] = {}
+        self.unique = itertools.count(-1, -1)
+        self.reference: dict[fx.Node, int] = {}
+        self.spec_id: dict[fx.Node, int] = {}
+        self.literals: list[Any] = []
+        self.values: list[int] = []
+        self.literal: list[bool] = []
 
     def spec(self, spec: Any) -> int:
+        """The number of a spec, strides aside."""
         if type(spec) is TensorSpec:
             key: Any = (spec.shape, spec.dtype, spec.device)
         elif isinstance(spec, tuple):
@@ -119,95 +127,83 @@ class _Interner:
             key = None
         return self.specs.setdefault(key, len(self.specs))
 
-    def literal(self, value: Any) -> int:
+    def add_literal(self, value: Any) -> None:
+        """Append a slot that holds a literal."""
         kind = type(value)
         key = (kind, repr(value)) if kind is float or kind is complex else (kind, value)
-        found = self.literals.get(key)
+        found = self.literal_numbers.get(key)
         if found is None:
-            found = self.literals[key] = len(self.literal_values)
-            self.literal_values.append(value)
-        return found
+            found = self.literal_numbers[key] = len(self.literals)
+            self.literals.append(value)
+        self.values.append(found)
+        self.literal.append(True)
+
+    def flatten(self, value: Any, structure: list[Any]) -> None:
+        """Append the slots of an argument, and to ``structure`` what of it is part of the label."""
+        if isinstance(value, fx.Node):
+            structure.append(self.spec_id[value])
+            self.values.append(self.reference[value])
+            self.literal.append(False)
+        elif isinstance(value, (list, tuple)):
+            structure.append((len(value),))
+            for item in value:
+                self.flatten(item, structure)
+        elif isinstance(value, dict):
+            structure.append(tuple(value))
+            for item in value.values():
+                self.flatten(item, structure)
+        elif isinstance(value, slice):
+            structure.append(slice)
+            for item in (value.start, value.stop, value.step):
+                self.flatten(item, structure)
+        else:
+            structure.append(type(value))
+            self.add_literal(value)
+
+    def label(self, node: fx.Node, structure: list[Any]) -> int:
+        """The label of a node; a draw and the output have one of their own."""
+        if node.op == "output" or is_random(node):
+            return next(self.unique)
+        kind: Any = node.target
+        if node.op == "call_module":
+            if kind not in self.submodules:
+                self.submodules[kind] = id(self.module.get_submodule(kind))
+            kind = self.submodules[kind]
+        return self.labels.setdefault((kind, self.spec_id[node], *structure), len(self.labels))
 
 
 def tabulate(module: fx.GraphModule) -> Tape:
     """Return the tape of ``module``'s graph, in time linear in its nodes and arguments."""
-    intern = _Interner()
+    rows = _Tabulator(module)
     nodes: list[fx.Node] = []
     leaves: list[fx.Node] = []
-    reference: dict[fx.Node, int] = {}
-    spec_id: dict[fx.Node, int] = {}
     labels: list[int] = []
     first = [0]
-    values: list[int] = []
-    literal: list[bool] = []
     computes: list[bool] = []
     selects: list[tuple[int, int, int]] = []
     nothing = (NOT_A_SELECT, 0, 0)
-    unique = itertools.count(-1, -1)
-    submodules: dict[str, int] = {}
-
-    def flatten(value: Any, structure: list[Any]) -> None:
-        if isinstance(value, fx.Node):
-            structure.append(spec_id[value])
-            values.append(reference[value])
-            literal.append(False)
-        elif isinstance(value, (list, tuple)):
-            structure.append((len(value),))
-            for item in value:
-                flatten(item, structure)
-        elif isinstance(value, dict):
-            structure.append(tuple(value))
-            for item in value.values():
-                flatten(item, structure)
-        elif isinstance(value, slice):
-            structure.append(slice)
-            for item in (value.start, value.stop, value.step):
-                flatten(item, structure)
-        else:
-            structure.append(type(value))
-            values.append(intern.literal(value))
-            literal.append(True)
-
     for node in module.graph.nodes:
-        op, target = node.op, node.target
-        if op == "placeholder" or op == "get_attr":
+        rows.spec_id[node] = -1 if node.op == "output" else rows.spec(node.meta["spec"])
+        if node.op == "placeholder" or node.op == "get_attr":
             leaves.append(node)
-            reference[node] = -len(leaves)
-            spec_id[node] = intern.spec(node.meta["spec"])
+            rows.reference[node] = -len(leaves)
             continue
         args, kwargs = node.args, node.kwargs
         structure: list[Any] = [len(args)]
         for item in args:
-            flatten(item, structure)
+            rows.flatten(item, structure)
         if kwargs:
-            flatten(kwargs, structure)
-        if op == "output":
-            labels.append(next(unique))
-            spec_id[node] = -1
-        else:
-            spec_id[node] = spec = intern.spec(node.meta["spec"])
-            if is_random(node):
-                labels.append(next(unique))
-            else:
-                kind: Any = target
-                if op == "call_module":
-                    if target not in submodules:
-                        submodules[str(target)] = id(module.get_submodule(str(target)))
-                    kind = submodules[str(target)]
-                labels.append(intern.labels.setdefault((kind, spec, *structure), len(intern.labels)))
+            rows.flatten(kwargs, structure)
+        labels.append(rows.label(node, structure))
         select = nothing
-        if (
-            target is _aten.select.int
-            and type(args[1]) is int
-            and type(args[2]) is int
-            and isinstance(args[0], fx.Node)
-        ):
-            select = (reference[args[0]], args[1], args[2])
+        if node.target is _aten.select.int and type(args[1]) is int and type(args[2]) is int:
+            assert isinstance(args[0], fx.Node)
+            select = (rows.reference[args[0]], args[1], args[2])
         selects.append(select)
-        computes.append(target not in _FREE and op != "output")
-        reference[node] = len(nodes)
+        computes.append(node.target not in _FREE and node.op != "output")
+        rows.reference[node] = len(nodes)
         nodes.append(node)
-        first.append(len(values))
+        first.append(len(rows.values))
 
     starts = np.asarray(first, dtype=np.int64)
     columns = np.asarray(selects, dtype=np.int64).reshape(len(nodes), 3)
@@ -216,10 +212,10 @@ def tabulate(module: fx.GraphModule) -> Tape:
         leaves=tuple(leaves),
         labels=np.asarray(labels, dtype=np.int64),
         first=starts,
-        values=np.asarray(values, dtype=np.int64),
+        values=np.asarray(rows.values, dtype=np.int64),
         owner=np.repeat(np.arange(len(nodes), dtype=np.int64), np.diff(starts)),
-        literal=np.asarray(literal, dtype=np.bool_),
-        literals=tuple(intern.literal_values),
+        literal=np.asarray(rows.literal, dtype=np.bool_),
+        literals=tuple(rows.literals),
         computes=np.asarray(computes, dtype=np.bool_),
         select_base=columns[:, 0].copy(),
         select_dim=columns[:, 1].copy(),

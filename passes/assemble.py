@@ -5,12 +5,12 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
-
 from fxjacobi.graph import make_module
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import fx, nn
 
 __all__ = ["assemble", "copy_node"]
 

@@ -185,7 +185,8 @@ class _Canonicalizer:
         """Tell the history of a new node that writes."""
         if node.target is write:
             base, value, index = node.args
-            assert isinstance(base, fx.Node) and isinstance(value, fx.Node)
+            assert isinstance(base, fx.Node)
+            assert isinstance(value, fx.Node)
             spec = tensor(base)
             region = normalised(index, spec.shape)  # type: ignore[arg-type]
             fits = tensor(value).dtype == spec.dtype and region is not None
@@ -204,7 +205,8 @@ class _Canonicalizer:
             dim = source.args[1] if len(source.args) > 1 else 0
             return self.select(node, (source.args[0], dim, number))
         if target is _aten.split.Tensor:
-            assert isinstance(source.args[0], fx.Node) and isinstance(source.args[1], int)
+            assert isinstance(source.args[0], fx.Node)
+            assert isinstance(source.args[1], int)
             dim = self.split_dim(source)
             start = number * source.args[1]
             stop = min(start + source.args[1], tensor(source.args[0]).shape[dim])
@@ -219,7 +221,8 @@ class _Canonicalizer:
     def split_dim(node: fx.Node) -> int:
         """The dimension that a split cuts."""
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-        assert isinstance(node.args[0], fx.Node) and isinstance(dim, int)
+        assert isinstance(node.args[0], fx.Node)
+        assert isinstance(dim, int)
         return dim % len(tensor(node.args[0]).shape)
 
     def select(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
@@ -371,10 +374,9 @@ class _Canonicalizer:
         region = normalised(index, spec.shape)
         if region is None:
             return None
-        everything = all(entry is None for entry in region)
-        if everything and tensor(value).shape == spec.shape and tensor(value).dtype == spec.dtype:
-            if node not in self.escaping:
-                return self.laid_out(value, tensor(node), node)
+        whole = all(entry is None for entry in region) and tensor(value).shape == spec.shape
+        if whole and tensor(value).dtype == spec.dtype and node not in self.escaping:
+            return self.laid_out(value, tensor(node), node)
         while region and region[-1] is None:
             region = region[:-1]
         if node.target is write and region == tuple(index):
@@ -389,7 +391,7 @@ class _Canonicalizer:
             return None
         if self.exact and self.needs.of(node) is Need.ALIGNMENT and not owns_memory(source):
             return None
-        return source if _same_layout(before, after) else None  # type: ignore[no-any-return]
+        return source if _same_layout(before, after) else None
 
     def detach(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
         if node in self.escaping or (self.gradients and node.target is _aten.detach.default):

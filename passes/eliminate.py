@@ -27,7 +27,9 @@ class Eliminate(Pass):
 
     Two nodes are one if they run the same operation on the same nodes and on literals of equal type and bits (``1``,
     ``1.0`` and ``True`` differ, and so do ``0.0`` and ``-0.0``; NaN equals NaN). Must not fire on random draws, which
-    advance the generator, on guards, or on two nodes whose memory the caller sees. Placeholders stay.
+    advance the generator, on guards, or on two nodes whose memory the caller sees. Placeholders stay. What was computed
+    more than once from placeholders and attributes alone (a weight's transpose, a mask) moves to the front, so that the
+    first iteration of a loop is like the others.
     """
 
     name = "eliminate"
@@ -73,6 +75,7 @@ class _Eliminator:
                 live.update(same.get(argument, argument) for argument in node.all_input_nodes)
         if not changed and len(live) == len(nodes):
             return module
+        nodes = self.ordered(nodes, same)
         graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
 
@@ -112,6 +115,16 @@ class _Eliminator:
             if earlier is not node and not (node in shown and earlier in shown):
                 same[node] = earlier
         return same
+
+    @staticmethod
+    def ordered(nodes: list[fx.Node], same: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+        """``nodes`` with those first that others repeat and that need nothing but placeholders and attributes."""
+        repeated = set(same.values())
+        early: dict[fx.Node, None] = dict.fromkeys(n for n in nodes if n.op in ("placeholder", "get_attr"))
+        for node in nodes:
+            if node in repeated and all(same.get(argument, argument) in early for argument in node.all_input_nodes):
+                early[node] = None
+        return [*early, *(node for node in nodes if node not in early)]
 
     def has_effects(self, module: nn.Module) -> bool:
         """Whether running ``module`` draws random numbers or checks a guard."""

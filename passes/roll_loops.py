@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import defaultdict
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ class _Roller:
         self.values: dict[int, fx.Node] = {}
         self.rolled: list[_Rolled] = []
         self.loops: dict[str, nn.Module] = {}
+        self.names = {str(node.target) for node in tape.nodes if node.op == "call_module"}
         self.joins: dict[int, list[_Run | int]] = {}
         self.steps: dict[tuple[int, int], set[int]] = defaultdict(set)
         self.stacked: set[tuple[int, int]] = set()
@@ -357,9 +359,8 @@ class _Roller:
                 for step in sorted(steps):
                     result(position, step)
         loop = Loop(roll_body(body.finish()), repeat.trips, body.bindings, results)
-        name = f"loop_{number}"
-        while hasattr(self.module, name):
-            name = f"{name}_0"
+        name = next(name for name in map("loop_{}".format, itertools.count(number)) if name not in self.names)
+        self.names.add(name)
         self.loops[name] = loop
         operands = tuple(
             self.emit_result(key[0], key[1], None) if isinstance(key, tuple) else self.value(key)

@@ -165,9 +165,15 @@ class WriteHistory:
         """
         chain, version = self._chains[root]
         if not any(isinstance(entry, int) for entry in region):
-            # Without a pinned position a read could skip some writes of a loop and not others; it takes all or none.
-            last = chain.writes[version - 1]
-            return (last.value, last.region) if _relation(region, last.region) is _Relation.WITHIN else (root, None)
+            # Without a pinned position only a few writes are looked at, and the array is not read past them: a loop
+            # that writes on and on would have its first iterations read another version than the rest.
+            for write in reversed(chain.writes[max(0, version - _TRIES) : version]):
+                relation = _relation(region, write.region)
+                if relation is _Relation.WITHIN:
+                    return write.value, write.region
+                if relation is _Relation.PARTLY:
+                    break
+            return root, None
         for tries, write in enumerate(chain.seen_by(region, version)):
             relation = _relation(region, write.region)
             if relation is _Relation.WITHIN:

@@ -12,7 +12,7 @@ from fxjacobi.graph import TensorSpec, spec_of
 from fxjacobi.loops import Carried
 from fxjacobi.methods.associative_scan import affine_scan
 from fxjacobi.methods.jacobian import nearest_carry, windows
-from fxjacobi.methods.settle import floors, geometric_remainder, leading, replace_non_finite, units
+from fxjacobi.methods.settle import floors, geometric_remainder, leading, observed_ratios, replace_non_finite, units
 
 if TYPE_CHECKING:
     from fxjacobi.loops import Loop
@@ -56,9 +56,11 @@ def advance(
     new = replace_non_finite(new, fallback, prefix)
     updates = units(new, iterate.states, contract).cpu()
     update = float(updates.amax())
+    earlier = iterate.updates if iterate.updates is not None else torch.zeros_like(updates)
+    ratios = iterate.gains if iterate.gains is not None else torch.full_like(updates, math.inf)
+    ratios = observed_ratios(updates, earlier, ratios, floor)
     if update <= 1.0 and not second_order:
-        earlier = iterate.updates if iterate.updates is not None else torch.zeros_like(updates)
-        update = max(update, geometric_remainder(updates, earlier, floor))
+        update = max(update, geometric_remainder(updates, ratios, floor))
     if prefix == system.steps:
         update = 0.0
     return replace(iterate, states=new, prefix=prefix, update=update if not math.isnan(update) else math.inf,

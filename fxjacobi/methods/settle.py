@@ -22,6 +22,7 @@ __all__ = [
     "geometric_remainder",
     "leading",
     "observed_gains",
+    "observed_ratios",
     "replace_non_finite",
     "units",
 ]
@@ -115,10 +116,17 @@ def errors_to_come(
     return after, before
 
 
-def geometric_remainder(updates: torch.Tensor, earlier: torch.Tensor, floor: torch.Tensor) -> float:
-    """Return the largest ``u q / (1 - q)`` with ``q = u / earlier`` over the steps: what equal ratios would still add."""
-    ratio = updates / earlier.clamp_min(1e-300)
-    remainder = torch.where(ratio < 1.0, updates * ratio / (1.0 - ratio).clamp_min(1e-300), math.inf)
+def observed_ratios(
+    updates: torch.Tensor, earlier: torch.Tensor, ratios: torch.Tensor, floor: torch.Tensor
+) -> torch.Tensor:
+    """Return ``ratios`` of successive updates, renewed at the steps whose earlier update was more than rounding, (T,)."""
+    informative = torch.isfinite(earlier) & (earlier > _SIGNAL / ROUNDING * floor)
+    return torch.where(informative, updates / earlier.clamp_min(1e-300), ratios)
+
+
+def geometric_remainder(updates: torch.Tensor, ratios: torch.Tensor, floor: torch.Tensor) -> float:
+    """Return the largest ``u q / (1 - q)`` over the steps: what updates that shrink by ``q`` each would still add."""
+    remainder = torch.where(ratios < 1.0, updates * ratios / (1.0 - ratios).clamp_min(1e-300), math.inf)
     return float(torch.where(updates <= floor, torch.zeros_like(updates), remainder).amax())
 
 

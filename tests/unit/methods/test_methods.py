@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fxjacobi.certificate import Certificate
+from fxjacobi.loops import Loop
 from fxjacobi.methods import (
     Affine,
     Anderson,
@@ -154,7 +155,8 @@ def test_samples_that_read_each_other_are_no_batch() -> None:
         if node.target is torch.ops.aten.mm.default:
             node.args = (node.args[1], node.args[0])
     body.recompile()
-    assert batch_size(System(recurrence.loop, recurrence.operands)) == 1
+    mixing = Loop(body, 5, recurrence.loop.bindings, recurrence.loop.results)
+    assert batch_size(System(mixing, recurrence.operands)) == 1
 
 
 def test_units() -> None:

@@ -80,6 +80,16 @@ def test_keyword_and_list_arguments_count() -> None:
     assert run(build).count(aten._to_copy.default) == 2
 
 
+def test_what_many_steps_compute_of_inputs_alone_moves_to_the_front() -> None:
+    def build(call: Any, x: Any) -> Any:
+        h = call(aten.exp.default, x)
+        for _ in range(3):
+            h = call(aten.mul.Tensor, h, call(aten.sin.default, call(aten.neg.default, x)))
+        return (h,)
+
+    assert run(build) == [aten.neg.default, aten.sin.default, aten.exp.default, *[aten.mul.Tensor] * 3]
+
+
 def test_draws_and_guards_stay() -> None:
     def build(call: Any, x: Any) -> Any:
         call(aten.randn.default, [3])

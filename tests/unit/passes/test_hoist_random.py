@@ -110,7 +110,8 @@ def test_each_draw_equals_its_rewriting(draw: Any, name: str, dtype: torch.dtype
     p = laid_out(name, dtype)
 
     def fn(p: torch.Tensor) -> torch.Tensor:
-        return draw(p * 0.5 + 0.25 if name in ("vector", "matrix", "one") else p)
+        result: torch.Tensor = draw(p * 0.5 + 0.25 if name in ("vector", "matrix", "one") else p)
+        return result
 
     assert draws_first(assert_same_samples(fn, p, seeds=12))
 
