@@ -127,7 +127,7 @@ def sample_categorical(model: PixelTransformer, n: int) -> Tensor:
     """As `sample`, each token drawn by `torch.distributions.Categorical`."""
     x = torch.zeros(n, model.length, dtype=torch.long)
     for t in range(model.length):
-        x[:, t] = Categorical(logits=model(x)[:, t]).sample()  # type: ignore[no-untyped-call]
+        x[:, t] = Categorical(logits=model(x)[:, t]).sample()
     return x
 
 

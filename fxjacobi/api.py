@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from fxjacobi.module import SolvedModule
 from fxjacobi.options import Options
+from fxjacobi.saved_plan import SavedPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from fxjacobi.plan import Plan
 
@@ -25,6 +27,7 @@ def compile(  # noqa: A001 - the name that torch's users expect
     measure: bool = True,
     budget_s: float = 2.0,
     memory_limit: int | None = None,
+    plan: str | Path | None = None,
 ) -> SolvedModule:
     """Return a module that computes what ``model`` computes, solving its sequential parts in parallel.
 
@@ -45,12 +48,15 @@ def compile(  # noqa: A001 - the name that torch's users expect
             always, to look at it or to test it.
         budget_s: Seconds that measuring may take for one signature.
         memory_limit: Bytes that a batched sweep may allocate.
+        plan: A file written by ``compiled.save_plan(path)``: its decisions are followed instead of measuring anew.
 
     Raises:
         TypeError: ``model`` is not callable, or an option has the wrong type.
         ValueError: An option's value is out of range.
+        PlanError: ``plan`` was measured on another device or torch build; at the first call, for another graph.
     """
-    options = Options(rtol, atol, method, strict, measure, budget_s, memory_limit)
+    saved = SavedPlan.load(plan) if plan is not None else None
+    options = Options(rtol, atol, method, strict, measure, budget_s, memory_limit, saved)
     if not callable(model):
         raise TypeError(f"model must be callable, not {type(model).__name__}")
     if isinstance(model, SolvedModule):

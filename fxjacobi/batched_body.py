@@ -57,7 +57,7 @@ class Batch(Protocol):
     ``(rows, ...)``.
     """
 
-    def __call__(self, arguments: Sequence[Any], rows: int) -> tuple[Any, ...]:
+    def __call__(self, arguments: Sequence[Any], rows: int, /) -> tuple[Any, ...]:
         """Evaluate the body for ``rows`` steps."""
         ...
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from fxjacobi.methods.method import Method
     from fxjacobi.options import Options
+    from fxjacobi.saved_plan import Decision
 
 __all__ = ["METHOD_OF_NAME", "Chosen", "choose_methods"]
 
@@ -74,7 +75,7 @@ class Chosen:
 
 
 def choose_methods(
-    module: fx.GraphModule, operands: Sequence[Any], options: Options
+    module: fx.GraphModule, operands: Sequence[Any], options: Options, decision: Decision | None = None
 ) -> tuple[fx.GraphModule, dict[int, Chosen]]:
     """Return ``module`` with each bare recurrence solved by the method chosen for it, and the choices by loop identity.
 
@@ -82,11 +83,19 @@ def choose_methods(
         module: The graph after the block passes.
         operands: The recorded run's inputs, on which candidates are timed.
         options: The contract, a forced method, and the seconds that measuring may take.
+        decision: A saved one, which is followed without timing anything.
+
+    Raises:
+        PlanError: ``decision`` does not fit the graph.
     """
     loops = [m for m in module.children() if isinstance(m, Loop) and m.kind is Kind.RECURRENCE]
     if not loops or (options.method == "auto" and not any(_worth(loop) for loop in loops)):
         return module, {}
     chosen: dict[int, Chosen] = {}
+    if decision is not None:
+        for place, loop in enumerate(loops):
+            chosen[id(loop)] = Chosen(decision.method(place), "as in the saved plan")
+        return _with_methods(module, chosen, options), chosen
     deadline = time.perf_counter() + options.budget_s
 
     class _Measure(fx.Interpreter):
@@ -100,7 +109,11 @@ def choose_methods(
     with torch.no_grad():
         _Measure(module).run(*operands)
 
-    def replace(loop: Loop, node: fx.Node) -> nn.Module:
+    return _with_methods(module, chosen, options), chosen
+
+
+def _with_methods(module: fx.GraphModule, chosen: dict[int, Chosen], options: Options) -> fx.GraphModule:
+    def replace(loop: Loop, _: fx.Node) -> nn.Module:
         choice = chosen.get(id(loop))
         if choice is None:
             return loop
@@ -113,7 +126,7 @@ def choose_methods(
         solved.reason = choice.reason
         return solved
 
-    return replace_blocks(module, replace).module, chosen
+    return replace_blocks(module, replace).module
 
 
 def _worth(loop: Loop) -> bool:

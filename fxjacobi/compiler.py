@@ -16,11 +16,12 @@ from torch import fx
 from fxjacobi.blocks import loop_of, method_of, plan_of_graph
 from fxjacobi.capture import AttributeEffect, Capture, TensorEffect, record
 from fxjacobi.choose import Chosen, choose_methods
-from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed
+from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed, PlanError
 from fxjacobi.loops import Loop
 from fxjacobi.ops import GUARDS
 from fxjacobi.passes import pipeline
 from fxjacobi.plan import Plan
+from fxjacobi.saved_plan import Decision, fingerprint
 from fxjacobi.specialisation import RandomState, Specialisation
 from fxjacobi.trees import join, split
 from fxjacobi.verify import equal, first_difference
@@ -60,6 +61,8 @@ def specialise(
     after = RandomState.save()
     try:
         specialisation = _Compilation(fn, args, kwargs, recorded.capture, options, state, tensors).run()
+    except PlanError:
+        raise
     except Exception as error:  # the user's run is done and right; a fault of the compiler must not take it away
         if options.strict:
             raise
@@ -106,26 +109,42 @@ class _Compilation:
         stages: dict[str, fx.GraphModule] = {"capture": capture.graph_module}
         module = capture.graph_module
         measured: dict[int, Chosen] = {}
+        decision: Decision | None = None
+        graph_hash = ""
         for each in pipeline(self.options, gradients=capture.gradients):
             if each.name == "emit_solvers":
                 self.before.restore()
                 with self._memory_before():
-                    module, measured = choose_methods(module, self._operands(), self.options)
+                    module, measured = choose_methods(module, self._operands(), self.options, decision)
                 stages["choose_methods"] = module
             module = stages[each.name] = each.run(module).module
             if each.name == "roll_loops" and not _loops(module) and self.options.measure:
                 return self._straight(module, stages)
+            if each.name == "roll_loops":
+                graph_hash = fingerprint(module)
+                decision = self.options.plan.decision(graph_hash) if self.options.plan is not None else None
         rows = {key: choice.candidates for key, choice in measured.items()}
         blocks, edges = plan_of_graph(module, rows)
         gains = tuple(choice.would_gain for choice in measured.values() if choice.would_gain)
         plan = Plan(blocks, edges, True, "", self._contract(), would_gain=gains)
-        result = Specialisation(self.fn, capture, module, plan, stages, guarded=_guarded(module))
+        methods = tuple(choice.method for choice in measured.values())
+        result = Specialisation(
+            self.fn, capture, module, plan, stages, guarded=_guarded(module), graph_hash=graph_hash, methods=methods
+        )
+        if decision is not None and not decision.solved:
+            result.retire(f"saved plan: {decision.reason}")
+            return result
         if self.options.measure and not any(method_of(b) != "sequential" for b in _loops(module)):
             result.retire("every block runs in the ordinary order, so nothing is gained")
             return result
         try:
             first_s = self._check(result)
-            if self.options.measure:
+            if decision is not None:
+                result.plan = replace(
+                    result.plan, reason=f"saved plan: {decision.reason}", ordinary_s=decision.ordinary_s,
+                    solved_s=decision.solved_s,
+                )  # fmt: skip
+            elif self.options.measure:
                 self._decide(result, first_s)
         except GuardFailed as failure:
             result.retire(f"the run's own guards do not hold on its own data ({failure})")

@@ -107,7 +107,9 @@ class Distribution:
         assert isinstance(binding, Carried)
         later = spec_of(body_outputs(self.loop.body)[binding.output])
         initial = [self.operands[i] for i in binding.init]
-        return isinstance(later, TensorSpec) and all(isinstance(s, TensorSpec) and same_layout(s, later) for s in initial)
+        return isinstance(later, TensorSpec) and all(
+            isinstance(s, TensorSpec) and same_layout(s, later) for s in initial
+        )
 
     def is_copied(self, node: fx.Node) -> bool:
         """Whether a block that reads ``node`` of another block recomputes it: a view about as large as its base."""

@@ -49,9 +49,9 @@ def size_in_bytes(spec: Spec) -> int:
 
 def same_layout(a: TensorSpec, b: TensorSpec) -> bool:
     """Whether two tensors are alike to a kernel: shape, dtype, device, and strides where a dimension has more than one."""
-    return (
-        (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    ) and all(size <= 1 or s == t for size, s, t in zip(a.shape, a.stride, b.stride, strict=True))
+    return ((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)) and all(
+        size <= 1 or s == t for size, s, t in zip(a.shape, a.stride, b.stride, strict=True)
+    )
 
 
 def dense_stride(shape: Sequence[int]) -> tuple[int, ...]:

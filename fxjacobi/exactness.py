@@ -10,6 +10,7 @@ In tolerance mode the fastest way is taken whatever its rounding; a way that is 
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from fxjacobi.equations import body_outputs
 from fxjacobi.graph import Spec, TensorSpec, spec_of, spec_of_value, stamp
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
 from fxjacobi.measuring import (
+    MISFITS,
     Batcher,
     Choice,
     Frame,
@@ -35,13 +37,15 @@ from fxjacobi.measuring import (
     seconds_of,
     stamp_all,
 )
+from fxjacobi.operation import Role
 from fxjacobi.samples import sample_operands
-from fxjacobi.ways import Role, ways_of
+from fxjacobi.ways import ways_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from fxjacobi.loops import Binding
     from fxjacobi.measuring import Candidates
 
 __all__ = ["Batching", "Choice", "Trial", "choose_ways", "same_values"]
@@ -50,6 +54,8 @@ _ELEMENTS = 1 << 14
 """A way that differs in one element of a hundred is missed once in 10^70 by so many elements."""
 
 _SAMPLED_STEPS = 64
+_FEWEST_RUNS = 32
+_BUDGET_S = 1.0
 _MEMORY = 1 << 31
 
 
@@ -82,36 +88,46 @@ class Batching:
         return "\n".join(lines)
 
 
-def _bind(loop: Loop, operands: list[list[Any]], target: Target) -> dict[fx.Node, Value]:
+def _bind(loop: Loop, operands: list[list[torch.Tensor]], target: Target) -> dict[fx.Node, Value]:
     """Return the values of the body's placeholders over all steps, on each replica, and emit them."""
-    graph, steps = target.graph, loop.trip_count
-    emitted = [stamp(graph.placeholder(f"operand_{i}"), spec_of_value(v)) for i, v in enumerate(operands[0])]
-    aligned = [loop.align(values) for values in operands]
+    emitted = [stamp(target.graph.placeholder(f"operand_{i}"), spec_of_value(v)) for i, v in enumerate(operands[0])]
     placeholders = [node for node in loop.body.graph.nodes if node.op == "placeholder"]
     values: dict[fx.Node, Value] = {}
     for node, binding in zip(placeholders, loop.bindings, strict=True):
-        match binding:
-            case Invariant(operand):
-                whole = [o[operand] for o in operands]
-                values[node] = Value(Role.UNIFORM, whole, lambda r, _t, b=binding: operands[r][b.operand], emitted[operand])  # type: ignore[misc]
-            case Literal(literals):
-                values[node] = Value(Role.LITERAL, [], lambda _r, t, b=binding: b.values[t], tuple(literals))  # type: ignore[misc]
-            case Table(table):
-                whole = [torch.stack([o[i] for i in table]) for o in operands]
-                stacked = graph.call_function(torch.ops.aten.stack.default, ([emitted[i] for i in table],))
-                stamp(stacked, spec_of_value(whole[0]))
-                values[node] = Value(Role.BATCHED, whole, lambda r, t, b=binding: operands[r][b.operands[t]], stacked)  # type: ignore[misc]
-            case Scanned():
-                way = _scanning(binding, operands[0][binding.operand], steps)
-                whole = [way(o[binding.operand]) for o in operands]
-                stamp_all(way, [operands[0][binding.operand]])
-                value = target.inline(way, [emitted[binding.operand]], node)
-                values[node] = Value(
-                    Role.BATCHED, whole, lambda r, t, b=binding: aligned[r][b.operand].select(b.dim, b.indices[t]), value  # type: ignore[misc]
-                )
-            case Carried():
-                raise Unmeasurable("the loop carries values from step to step")
+        values[node] = _bound(binding, node, loop, operands, emitted, target)
     return values
+
+
+def _bound(
+    binding: Binding,
+    node: fx.Node,
+    loop: Loop,
+    operands: list[list[torch.Tensor]],
+    emitted: list[fx.Node],
+    target: Target,
+) -> Value:
+    """Return the value of one placeholder: its data over all steps and at one, and its node."""
+    match binding:
+        case Invariant(operand):
+            return Value(
+                Role.UNIFORM, [o[operand] for o in operands], lambda r, _t: operands[r][operand], emitted[operand]
+            )
+        case Literal(numbers):
+            return Value(Role.LITERAL, [], lambda _r, t: numbers[t], tuple(numbers))
+        case Table(table):
+            whole = [torch.stack([o[i] for i in table]) for o in operands]
+            stacked = target.graph.call_function(torch.ops.aten.stack.default, ([emitted[i] for i in table],))
+            stamp(stacked, spec_of_value(whole[0]))
+            return Value(Role.BATCHED, whole, lambda r, t: operands[r][table[t]], stacked)
+        case Scanned(operand, dim, indices):
+            way = _scanning(binding, operands[0][operand], loop.trip_count)
+            stamp_all(way, [operands[0][operand]])
+            value = target.inline(way, [emitted[operand]], node)
+            aligned = [loop.align(o)[operand] for o in operands]
+            slices = [way(o[operand]) for o in operands]
+            return Value(Role.BATCHED, slices, lambda r, t: aligned[r].select(dim, indices[t]), value)
+        case Carried():
+            raise Unmeasurable("the loop carries values from step to step")
 
 
 def _scanning(binding: Scanned, operand: torch.Tensor, steps: int) -> fx.GraphModule:
@@ -156,16 +172,26 @@ def _results(loop: Loop, outputs: Sequence[Value], batcher: Batcher, target: Tar
     return results
 
 
-def _sampling(loop: Loop) -> tuple[list[int], int]:
-    """Return which steps are run one by one, and on how many replicas of the data."""
+def _sampling(loop: Loop, operands: list[torch.Tensor]) -> tuple[list[int], int]:
+    """Return which steps are run one by one, and on how many replicas of the data: enough elements, in bounded time."""
     steps = loop.trip_count
-    smallest = min(
-        (elements(spec_of(n)) for n in loop.body.graph.nodes if n.op.startswith("call") and elements(spec_of(n))), default=1
-    )
-    count = min(steps, max(_SAMPLED_STEPS, _ELEMENTS // max(smallest, 1)))
-    sampled = sorted({*range(min(8, steps)), *range(max(0, steps - 8), steps), *(i * steps // count for i in range(count))})
-    replicas = min(8, max(2, -(-_ELEMENTS // (len(sampled) * max(smallest, 1)))))
-    return sampled, replicas
+    computed = (elements(spec_of(n)) for n in loop.body.graph.nodes if n.op.startswith("call"))
+    smallest = min((count for count in computed if count), default=1)
+    body = _without_guards(loop.body)
+    try:
+        step_s = seconds_of(lambda: body(*loop.bind(loop.align(operands), 0, ())))
+    except MISFITS as misfit:
+        raise Unmeasurable(f"the body does not run on random data: {misfit}") from misfit
+    runs = max(_FEWEST_RUNS, int(_BUDGET_S / max(step_s, 1e-6)))
+    count = min(steps, max(_SAMPLED_STEPS, _ELEMENTS // smallest), runs)
+    ends = min(8, -(-count // 4))
+    sampled = {
+        *range(min(ends, steps)),
+        *range(max(0, steps - ends), steps),
+        *(i * steps // count for i in range(count)),
+    }
+    wanted = -(-_ELEMENTS // (len(sampled) * smallest))
+    return sorted(sampled), max(1, min(8, max(2, wanted), runs // len(sampled)))
 
 
 def choose_ways(
@@ -183,29 +209,34 @@ def choose_ways(
     memory = steps * sum(size_in_bytes(spec_of(n)) for n in loop.body.graph.nodes if n.op != "output")
     if memory > _MEMORY:
         return Batching(None, (), math.inf, math.inf, f"all {steps} equations at once would take {memory >> 20} MiB")
-    sampled, replicas = _sampling(loop)
-    batcher = Batcher(steps, replicas, sampled, exact=exact, candidates=candidates)
-    target = Target()
+    target, choices = Target(), list[Choice]()
     with torch.no_grad():
         try:
+            sampled, replicas = _sampling(loop, sample_operands(loop, operands, 0))
+            batcher = Batcher(steps, replicas, sampled, choices, exact=exact, candidates=candidates)
             data = [sample_operands(loop, operands, seed) for seed in range(replicas)]
             outputs = Frame(batcher, loop.body, _bind(loop, data, target), target).run()
             module = target.module(_results(loop, outputs, batcher, target))
         except Unmeasurable as obstacle:
-            return Batching(None, tuple(batcher.choices), math.inf, math.inf, str(obstacle))
+            return Batching(None, tuple(choices), math.inf, math.inf, str(obstacle))
         return _judged(loop, module, data, batcher)
 
 
-def _judged(loop: Loop, module: fx.GraphModule, data: list[list[Any]], batcher: Batcher) -> Batching:
+def _judged(loop: Loop, module: fx.GraphModule, data: list[list[torch.Tensor]], batcher: Batcher) -> Batching:
     """Compare the assembled graph with the loop, in values and in time."""
     choices = tuple(batcher.choices)
     unguarded = _without_guards(module)
     plain = Loop(_without_guards(loop.body), loop.trip_count, loop.bindings, loop.results)
+    sequential_s = math.inf
     for operands in data[: 1 if loop.trip_count > _SAMPLED_STEPS else None]:
-        if not same_values(tuple(unguarded(*operands)), plain(*operands), exact=batcher.exact):
+        start = time.perf_counter()
+        wanted = plain(*operands)
+        sequential_s = min(sequential_s, time.perf_counter() - start)
+        if not same_values(tuple(unguarded(*operands)), wanted, exact=batcher.exact):
             return Batching(None, choices, math.inf, math.inf, "the operations together differ from the steps")
     batched_s = seconds_of(lambda: unguarded(*data[0]))
-    sequential_s = seconds_of(lambda: plain(*data[0]))
+    if sequential_s < 2 * batched_s:
+        sequential_s = min(sequential_s, seconds_of(lambda: plain(*data[0])))
     ways = Counter(choice.way.name.lower().replace("_", " ") for choice in choices)
     taken = ", ".join(f"{count} {way}" for way, count in ways.items())
     times = f"{batched_s * 1e3:.3f} ms for {loop.trip_count} equations, {sequential_s * 1e3:.3f} ms step by step"

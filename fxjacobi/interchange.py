@@ -19,8 +19,8 @@ from fxjacobi.fixed_point import FixedPoint
 from fxjacobi.graph import TensorSpec, spec_of, spec_of_value, stamp
 from fxjacobi.loops import Binding, Carried, Invariant, Literal, Loop, Scanned, Stacked, Table
 from fxjacobi.measuring import Batcher, Frame, Target, Unmeasurable, Value
+from fxjacobi.operation import Operation, Role
 from fxjacobi.samples import sample
-from fxjacobi.ways import Operation, Role
 
 __all__ = ["interchanged"]
 
@@ -72,12 +72,16 @@ class _Interchange:
                 # Initial states are often zeros, on which everything agrees; random ones tell more.
                 spec = spec_of(node)
                 assert isinstance(spec, TensorSpec)
-                singles = [[sample(spec, r * self.batcher.steps + t) for t in range(self.batcher.steps)] for r in replicas]
+                singles = [
+                    [sample(spec, r * self.batcher.steps + t) for t in range(self.batcher.steps)] for r in replicas
+                ]
                 value = Value(Role.BATCHED, [torch.stack(s) for s in singles], lambda r, t: singles[r][t], emitted)
             case Scanned(operand, dim, indices) if self.role(operand) is Role.BATCHED:
                 new = Scanned(self.operand(operand, batched=True), dim + 1, indices)
                 whole = [self.whole(operand, r).select(dim + 1, indices[0]) for r in replicas]
-                value = Value(Role.BATCHED, whole, lambda r, t: self.single(operand, r, t).select(dim, indices[0]), emitted)
+                value = Value(
+                    Role.BATCHED, whole, lambda r, t: self.single(operand, r, t).select(dim, indices[0]), emitted
+                )
             case Scanned(operand, dim, indices):
                 new = Scanned(self.operand(operand, batched=False), dim, indices, binding.owned)
                 whole = [self.whole(operand, r).select(dim, indices[0]) for r in replicas]
@@ -98,7 +102,9 @@ class _Interchange:
                 assert isinstance(binding, Literal)
                 # One number for all outer steps, though another at each inner one.
                 new = binding
-                value = Value(Role.UNIFORM, [binding.values[0]] * len(replicas), lambda _r, _t: binding.values[0], emitted)
+                value = Value(
+                    Role.UNIFORM, [binding.values[0]] * len(replicas), lambda _r, _t: binding.values[0], emitted
+                )
         stamp(emitted, spec_of_value(value.batched[0]))
         return new, value
 

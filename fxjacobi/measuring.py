@@ -18,19 +18,32 @@ from fxjacobi.equations import body_outputs
 from fxjacobi.fixed_point import FixedPoint
 from fxjacobi.graph import Spec, TensorSpec, site_of, spec_of, spec_of_value, stamp
 from fxjacobi.loops import Loop
-from fxjacobi.ways import Operation, Role, Way, ways_of
+from fxjacobi.operation import Operation, Role, Way
+from fxjacobi.ways import ways_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
-__all__ = ["Batcher", "Choice", "Frame", "Target", "Trial", "Unmeasurable", "Value", "same_values", "seconds_of", "stamp_all"]
+__all__ = [
+    "MISFITS",
+    "Batcher",
+    "Choice",
+    "Frame",
+    "Target",
+    "Trial",
+    "Unmeasurable",
+    "Value",
+    "same_values",
+    "seconds_of",
+    "stamp_all",
+]
 
 Candidates: TypeAlias = "Callable[[Operation], Iterator[tuple[Way, fx.GraphModule]]]"
 
 # What an operation raises that cannot run on the data or in the shape it is given; anything else is a defect.
-_MISFITS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
+MISFITS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +80,9 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
 def same_values(found: Any, wanted: Any, *, exact: bool) -> bool:
     """Whether ``found`` is ``wanted``: in every bit (any NaN is any other), or up to another order of rounding."""
     if isinstance(wanted, (tuple, list)):
-        return len(found) == len(wanted) and all(same_values(f, w, exact=exact) for f, w in zip(found, wanted, strict=True))
+        return len(found) == len(wanted) and all(
+            same_values(f, w, exact=exact) for f, w in zip(found, wanted, strict=True)
+        )
     if not isinstance(wanted, torch.Tensor):
         return bool(found == wanted)
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
@@ -136,13 +151,18 @@ class Frame:
                 self.memory[key] = self._run_step(pending.pop(), replica, step)
         return self.memory[node, replica, step]
 
+    def step_seconds(self, node: fx.Node, step: int) -> float:
+        """Return how long ``node`` takes at one step."""
+        self.step_value(node, 0, step)
+        return seconds_of(lambda: self._run_step(node, 0, step))
+
     def _run_step(self, node: fx.Node, replica: int, step: int) -> Any:
         args: Any = fx.map_arg(node.args, lambda n: self.memory[n, replica, step])
         kwargs: Any = fx.map_arg(node.kwargs, lambda n: self.memory[n, replica, step])
         function: Any = self.body.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         try:
             return function(*args, **kwargs)
-        except _MISFITS as misfit:
+        except MISFITS as misfit:
             raise Unmeasurable(f"{node.name} does not run on random data: {misfit}") from misfit
 
     def run(self) -> tuple[Value, ...]:
@@ -193,12 +213,29 @@ class Target:
 
 
 class Batcher:
-    """The measuring of one map."""
+    """The measuring of one map.
 
-    def __init__(self, steps: int, replicas: int, sampled: Sequence[int], *, exact: bool, candidates: Candidates) -> None:
+    Args:
+        steps: The number of equations T.
+        replicas: How many sets of random data there are.
+        sampled: The steps that are run by themselves, to compare with.
+        choices: Where each choice is put.
+        exact: Whether bits must agree.
+        candidates: The ways to try.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        replicas: int,
+        sampled: Sequence[int],
+        choices: list[Choice],
+        *,
+        exact: bool,
+        candidates: Candidates,
+    ) -> None:
         self.steps, self.replicas, self.sampled = steps, replicas, tuple(sampled)
-        self.exact, self.candidates = exact, candidates
-        self.choices: list[Choice] = []
+        self.exact, self.candidates, self.choices = exact, candidates, choices
 
     def batch(self, frame: Frame, node: fx.Node) -> Value:
         """Return the value of ``node`` at all steps, appending to the frame's graph what computes it."""
@@ -288,12 +325,16 @@ class Batcher:
         inputs = [[values[n].batched[replica] for n in operation.inputs] for replica in range(self.replicas)]
         key = self._key(operation, inputs[0])
         known = _CACHE.get(key) if key is not None else None
-        if known is None:
-            frame.step_value(node, 0, self.sampled[0])
+        # How long the steps take one after another, without running them all.
+        one_by_one_s = self.steps * frame.step_seconds(node, self.sampled[0]) if known is None else math.inf
+        made = len(self.choices)
         trials: list[Trial] = []
         best: tuple[Trial, fx.GraphModule, list[Any]] | None = None
         for way, module in self._candidates(frame, operation):
             if known is not None and way is not known.way:
+                continue
+            if way is Way.ONE_BY_ONE and best is not None and best[0].seconds < one_by_one_s:
+                trials.append(Trial(way, one_by_one_s, True, "estimated"))
                 continue
             trial, outputs = self._try(frame, operation, way, module, inputs, believe=known is not None)
             trials.append(trial)
@@ -305,6 +346,8 @@ class Batcher:
         choice = Choice(node.name, str(node.target), best[0].way, known.trials if known is not None else tuple(trials))
         if key is not None and known is None:
             _CACHE[key] = choice
+        if choice.way is not Way.INTERCHANGED:
+            del self.choices[made:]
         self.choices.append(choice)
         _, module, outputs = best
         stamp_all(module, inputs[0])
@@ -336,7 +379,7 @@ class Batcher:
         for replica, tensors in enumerate(inputs):
             try:
                 found = module(*tensors)
-            except _MISFITS as misfit:
+            except MISFITS as misfit:
                 return Trial(way, math.inf, False, str(misfit).splitlines()[0] if str(misfit) else repr(misfit)), []
             if not believe and not self._agrees(frame, operation.node, found, replica):
                 return Trial(way, math.inf, False, "other bits" if self.exact else "other values"), []

@@ -10,12 +10,15 @@ from torch._C import _functorch
 from torch.utils import _python_dispatch
 
 from fxjacobi.compiler import specialise
+from fxjacobi.errors import PlanError
 from fxjacobi.plan import Plan
 from fxjacobi.report import Report
+from fxjacobi.saved_plan import Decision, SavedPlan, describe_method
 from fxjacobi.signature import signature
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
+    from pathlib import Path
 
     from torch import fx
 
@@ -81,6 +84,24 @@ class SolvedModule(nn.Module):
     def stages(self) -> dict[str, fx.GraphModule]:
         """The graph after every pass, by name; ``.code`` is its Python."""
         return dict(self._last.stages) if self._last is not None else {}
+
+    def save_plan(self, path: str | Path) -> None:
+        """Write what planning measured as JSON, for ``fxjacobi.compile(model, plan=path)``.
+
+        Raises:
+            PlanError: No call has been compiled yet.
+        """
+        if not self._specialisations:
+            raise PlanError("nothing was compiled yet: call the module once before saving its plan")
+        saved = SavedPlan()
+        for specialisation in (s for known in self._specialisations.values() for s in known):
+            plan = specialisation.plan
+            if specialisation.graph_hash:
+                methods = tuple(describe_method(m) for m in specialisation.methods)
+                saved.decisions[specialisation.graph_hash] = Decision(
+                    plan.solved, plan.reason, plan.ordinary_s, plan.solved_s, methods
+                )
+        saved.save(path)
 
     def train(self, mode: bool = True) -> SolvedModule:
         """As ``nn.Module.train``, on the original too."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fxjacobi.saved_plan import SavedPlan
 
 __all__ = ["METHODS", "Options"]
 
@@ -34,6 +38,7 @@ class Options:
         measure: Keep the emitted module only where it is measured to be faster; ``False`` keeps it always.
         budget_s: Seconds that measuring candidates may take for one specialisation.
         memory_limit: Bytes that a batched sweep may allocate, or ``None`` for what the device has.
+        plan: Decisions measured before, which are followed instead of measuring.
 
     Raises:
         ValueError: A tolerance is negative or not finite, the method is unknown, or a limit is not positive.
@@ -47,6 +52,7 @@ class Options:
     measure: bool = True
     budget_s: float = 2.0
     memory_limit: int | None = None
+    plan: SavedPlan | None = None
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol", "budget_s"):

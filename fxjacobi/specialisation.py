@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import fx
 
+    from fxjacobi.methods.method import Method
     from fxjacobi.plan import Plan
 
 __all__ = ["MAX_GUARD_FAILURES", "RandomState", "Specialisation"]
@@ -59,6 +60,8 @@ class Specialisation:
         module: The emitted module.
         plan: What it does and why.
         stages: The graph after each pass, by the pass's name.
+        graph_hash: The fingerprint of the rolled graph, under which a saved plan keeps its decision.
+        methods: The method chosen for each recurrence, in order.
     """
 
     original: Callable[..., Any]
@@ -70,6 +73,8 @@ class Specialisation:
     successes: int = 0
     report: Report = field(default_factory=lambda: Report(False, "not called yet"))
     guarded: bool = False
+    graph_hash: str = ""
+    methods: tuple[Method, ...] = ()
 
     def valid(self) -> bool:
         """Whether the Python values that the graph was recorded with still stand."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-__all__ = ["Integers", "Tape", "literal_key", "rebuild", "tabulate"]
+__all__ = ["FREE", "Integers", "Tape", "literal_key", "rebuild", "tabulate"]
 
 Integers: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -32,7 +32,7 @@ NOT_A_SELECT = np.iinfo(np.int64).max
 """The ``select_base`` of a node that is no ``select`` by a literal index."""
 
 _aten = torch.ops.aten
-_FREE = frozenset(
+FREE = frozenset(
     {
         _aten.select.int, _aten.slice.Tensor, _aten.view.default, _aten.reshape.default, _aten._unsafe_view.default,
         _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.squeeze.default, _aten.permute.default,
@@ -200,7 +200,7 @@ def tabulate(module: fx.GraphModule) -> Tape:
             assert isinstance(args[0], fx.Node)
             select = (rows.reference[args[0]], args[1], args[2])
         selects.append(select)
-        computes.append(node.target not in _FREE and node.op != "output")
+        computes.append(node.target not in FREE and node.op != "output")
         rows.reference[node] = len(nodes)
         nodes.append(node)
         first.append(len(rows.values))

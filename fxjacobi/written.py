@@ -40,7 +40,13 @@ def write_steps(base: torch.Tensor, values: torch.Tensor, places: Places) -> tor
     if not dims:
         return base.clone().copy_(values[-1])
     only = places[dims[0]]
-    if len(dims) == 1 and isinstance(only, range) and only.step > 0 and 0 <= only.start and only.stop <= base.shape[dims[0]]:
+    if (
+        len(dims) == 1
+        and isinstance(only, range)
+        and only.step > 0
+        and only.start >= 0
+        and only.stop <= base.shape[dims[0]]
+    ):
         result = base.clone()
         result.movedim(dims[0], 0)[only.start : only.stop : only.step] = values
         return result

@@ -16,7 +16,7 @@ from fxjacobi.passes.assemble import assemble, copy_node
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.escaping import escaping
 from fxjacobi.passes.memory_effects import Need, Needs, owns_memory
-from fxjacobi.passes.write_history import Region, WriteHistory, normalised
+from fxjacobi.passes.write_history import FEW, Region, WriteHistory, normalised
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,8 @@ _REWRITTEN = frozenset(
     }
 )  # fmt: skip
 """The operations that rules look at, but ``getitem``, which only follows some of these."""
+
+_WRITES = frozenset({write, _aten.select_scatter.default, _aten.slice_scatter.default})
 
 _ALIGNMENT = 64
 """Bytes to which the allocator aligns every tensor."""
@@ -113,6 +115,12 @@ class _Canonicalizer:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.history = WriteHistory()
+        self.chain: dict[fx.Node, list[fx.Node]] = {}
+        self.old = next(iter(module.graph.nodes))
+        for node in module.graph.nodes:
+            if node.target in _WRITES:
+                self.chain[node] = self.chain.get(node.args[0], [])
+                self.chain[node].append(node)
         self.escaping = escaping(module.graph)
         self.modified = False
         self.rules: dict[Any, Callable[[fx.Node, tuple[Any, ...]], fx.Node | None]] = {
@@ -133,6 +141,7 @@ class _Canonicalizer:
         """Walk the graph."""
         new: dict[str, nn.Module] = {}
         for node in self.module.graph.nodes:
+            self.old = node
             rule = self.rules.get(node.target) if node.op == "call_function" else None
             args = fx.map_arg(node.args, self.values.__getitem__)
             if node.target in _DIMENSIONS:
@@ -191,7 +200,7 @@ class _Canonicalizer:
             region = normalised(index, spec.shape)  # type: ignore[arg-type]
             fits = tensor(value).dtype == spec.dtype and region is not None
             if region is not None and fits and tensor(value).shape == _shape(region, spec.shape):
-                self.history.write(node, base, value, region)
+                self.history.write(node, base, value, region, short=len(self.chain[self.old]) <= FEW)
         return node
 
     # Views

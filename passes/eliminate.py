@@ -13,7 +13,7 @@ from fxjacobi.ops import GUARDS
 from fxjacobi.passes.assemble import assemble, copy_node
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.escaping import escaping
-from fxjacobi.tape import literal_key
+from fxjacobi.tape import FREE, literal_key
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,8 +28,8 @@ class Eliminate(Pass):
     Two nodes are one if they run the same operation on the same nodes and on literals of equal type and bits (``1``,
     ``1.0`` and ``True`` differ, and so do ``0.0`` and ``-0.0``; NaN equals NaN). Must not fire on random draws, which
     advance the generator, on guards, or on two nodes whose memory the caller sees. Placeholders stay. What was computed
-    more than once from placeholders and attributes alone (a weight's transpose, a mask) moves to the front, so that the
-    first iteration of a loop is like the others.
+    more than once from placeholders and attributes alone, and the views of attributes that many use (a weight's
+    transpose, a mask), moves to the front, so that the first iteration of a loop is like the others.
     """
 
     name = "eliminate"
@@ -73,9 +73,10 @@ class _Eliminator:
             if node not in same and (node in effects or node in live):
                 live.add(node)
                 live.update(same.get(argument, argument) for argument in node.all_input_nodes)
-        if not changed and len(live) == len(nodes):
+        ordered = self.ordered(nodes, same)
+        if not changed and len(live) == len(nodes) and ordered == nodes:
             return module
-        nodes = self.ordered(nodes, same)
+        nodes = ordered
         graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
 
@@ -118,12 +119,24 @@ class _Eliminator:
 
     @staticmethod
     def ordered(nodes: list[fx.Node], same: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-        """``nodes`` with those first that others repeat and that need nothing but placeholders and attributes."""
+        """``nodes`` with those first that serve many and need nothing that is computed later."""
         repeated = set(same.values())
-        early: dict[fx.Node, None] = dict.fromkeys(n for n in nodes if n.op in ("placeholder", "get_attr"))
+        constants = {node for node in nodes if node.op == "get_attr"}
+        early: dict[fx.Node, None] = dict.fromkeys(n for n in nodes if n.op == "placeholder")
+        early.update(dict.fromkeys(constants))
         for node in nodes:
-            if node in repeated and all(same.get(argument, argument) in early for argument in node.all_input_nodes):
+            if node in same or node.op != "call_function" or node.target in GUARDS or is_random(node):
+                continue
+            inputs = [same.get(argument, argument) for argument in node.all_input_nodes]
+            if node in repeated:
+                moves = all(argument in early for argument in inputs)
+            else:
+                cheap = node.target in FREE and len(node.users) > 1
+                moves = cheap and all(argument in constants for argument in inputs)
+            if moves:
                 early[node] = None
+                if all(argument in constants for argument in inputs):
+                    constants.add(node)
         return [*early, *(node for node in nodes if node not in early)]
 
     def has_effects(self, module: nn.Module) -> bool:

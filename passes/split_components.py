@@ -30,6 +30,7 @@ from fxjacobi.equations import body_outputs, equations_of, is_effect
 from fxjacobi.errors import PassError
 from fxjacobi.graph import TensorSpec, is_random, site_of, spec_of, stamp
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Table
+from fxjacobi.ops import guard_shape
 from fxjacobi.passes.base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def refusal(loop: Loop) -> str:
     if any(is_random(node) for node in loop.body.graph.nodes):
         return "the body draws random numbers, whose order is the program's"
     for node in loop.body.graph.nodes:
+        if node.target is guard_shape:
+            return f"the shape that {node.name} guards depends on data, so its steps cannot be stacked"
         if node.op.startswith("call") and not is_effect(node) and not any(tensors_of(spec_of(node))):
             return f"{node.name} is a Python value, which cannot be stacked"
     for component in equations_of(loop).recurrences:
@@ -174,9 +177,7 @@ class _Emitter:
         site = next((site for site in map(site_of, calls) if site is not None), None)
         graph = self.into.graph
         node = stamp(graph.call_module(self.into.add(loop.kind.value, loop), tuple(operands)), tuple(specs), site)
-        return [
-            stamp(graph.call_function(operator.getitem, (node, i)), spec, site) for i, spec in enumerate(specs)
-        ]
+        return [stamp(graph.call_function(operator.getitem, (node, i)), spec, site) for i, spec in enumerate(specs)]
 
     def _straight(self, draft: Draft, operands: Sequence[fx.Node]) -> list[fx.Node]:
         """Append the one step of a map as straight code."""

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     from fxjacobi.ops import Index
 
-__all__ = ["Region", "WriteHistory", "normalised"]
+__all__ = ["FEW", "Region", "WriteHistory", "normalised"]
 
 Entry: TypeAlias = int | tuple[int, int, int] | None
 Region: TypeAlias = tuple[Entry, ...]
 """One entry for each dimension: a position, ``(start, stop, step)``, or ``None`` for all of it."""
 
-_TRIES = 8
-"""So many writes are compared with a read before it is left as it is."""
+FEW = 8
+"""So many writes are compared with a read before it is left as it is; a short chain has no more."""
 
 
 def normalised(index: Index, shape: tuple[int, ...]) -> Region | None:
@@ -83,6 +83,7 @@ class _Chain:
     """The versions of one array: ``writes[v]`` makes version ``v + 1`` of version ``v``; version 0 is ``base``."""
 
     base: fx.Node
+    short: bool
     writes: list[_Write] = field(default_factory=list)
     at: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     elsewhere: dict[int, list[int]] = field(default_factory=dict)
@@ -121,11 +122,11 @@ class WriteHistory:
         self._chains: dict[fx.Node, tuple[_Chain, int]] = {}
         self._parts: dict[fx.Node, tuple[fx.Node, Region]] = {}
 
-    def write(self, node: fx.Node, base: fx.Node, value: fx.Node, region: Region) -> None:
-        """Note that ``node`` is ``base`` with ``value`` at ``region``."""
+    def write(self, node: fx.Node, base: fx.Node, value: fx.Node, region: Region, *, short: bool) -> None:
+        """Note that ``node`` is ``base`` with ``value`` at ``region``; ``short``: few writes are made in all."""
         chain, version = self._chains.get(base, (None, 0))
         if chain is None or version != len(chain.writes):  # a version that was written to already begins a new array
-            chain, version = _Chain(base), 0
+            chain, version = _Chain(base, short), 0
         chain.add(_Write(node, value, region))
         self._chains[node] = chain, version + 1
 
@@ -165,21 +166,21 @@ class WriteHistory:
         """
         chain, version = self._chains[root]
         if not any(isinstance(entry, int) for entry in region):
-            # Without a pinned position only a few writes are looked at, and the array is not read past them: a loop
+            # Without a pinned position only a few writes are looked at, and a long chain is not read past them: a loop
             # that writes on and on would have its first iterations read another version than the rest.
-            for write in reversed(chain.writes[max(0, version - _TRIES) : version]):
+            for write in reversed(chain.writes[max(0, version - FEW) : version]):
                 relation = _relation(region, write.region)
                 if relation is _Relation.WITHIN:
                     return write.value, write.region
                 if relation is _Relation.PARTLY:
-                    break
-            return root, None
+                    return root, None
+            return (chain.base if chain.short else root), None
         for tries, write in enumerate(chain.seen_by(region, version)):
             relation = _relation(region, write.region)
             if relation is _Relation.WITHIN:
                 return write.value, write.region
             if relation is _Relation.PARTLY:
                 return write.node, None
-            if tries == _TRIES:
+            if tries == FEW:
                 return root, None
         return chain.base, None

@@ -63,8 +63,8 @@ def advance(
         update = max(update, geometric_remainder(updates, ratios, floor))
     if prefix == system.steps:
         update = 0.0
-    return replace(iterate, states=new, prefix=prefix, update=update if not math.isnan(update) else math.inf,
-                   updates=updates)  # fmt: skip
+    update = math.inf if math.isnan(update) else update
+    return replace(iterate, states=new, prefix=prefix, update=update, updates=updates, gains=ratios)
 
 
 def scan_diagonal(system: System, states: States, values: States, diagonal: tuple[torch.Tensor | None, ...]) -> States:

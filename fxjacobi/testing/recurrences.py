@@ -57,9 +57,9 @@ def _weights(
     shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, scale: float = 1.0
 ) -> torch.Tensor:
     # Drawn in float64 and rounded to float32, so that a float32 recurrence and its float64 twin hold the same weights.
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-    weights = (2 * uniform - 1) * scale * shape[-1] ** -0.5
-    return weights.float().to(dtype)
+    uniform: torch.Tensor = torch.rand(shape, generator=generator, dtype=torch.float64)
+    bound = float(shape[-1]) ** -0.5 * scale
+    return (uniform * (2 * bound) - bound).float().to(dtype)
 
 
 def rnn(

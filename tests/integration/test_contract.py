@@ -281,7 +281,7 @@ def _repeat(x: torch.Tensor) -> torch.Tensor:
 
 def test_explain_and_verify() -> None:
     x = torch.rand(4) * 50
-    assert any(b.method == "stop early" for b in fxjacobi.explain(_repeat, x).blocks)
+    assert any(b.method == "fixed point" for b in fxjacobi.explain(_repeat, x).blocks)
     assert fxjacobi.verify(_repeat, x).tensors == 2
 
 

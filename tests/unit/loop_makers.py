@@ -44,7 +44,7 @@ def node(function: Callable[..., Any], *args: Any) -> Any:
 def make_loop(
     body: Callable[..., tuple[Any, ...]] | fx.GraphModule,
     trip_count: int,
-    bindings: Sequence[Binding],
+    bindings: Sequence[Any],
     results: Sequence[Result],
     operands: Sequence[torch.Tensor],
 ) -> Loop:

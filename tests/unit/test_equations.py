@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 
@@ -15,7 +17,7 @@ aten = torch.ops.aten
 
 
 def test_components_distances_and_invariants() -> None:
-    def body(x, h, older, w):
+    def body(x: Any, h: Any, older: Any, w: Any) -> Any:
         p = aten.mm.default(x, aten.t.default(w))
         a = aten.add.Tensor(p, h)
         b = aten.add.Tensor(a, older)
@@ -43,7 +45,7 @@ def test_a_placeholder_that_carries_itself_is_a_recurrence() -> None:
 
 
 def test_guards_and_random_draws_are_effects() -> None:
-    def body(x):
+    def body(x: Any) -> Any:
         node(ops.guard, aten.any.default(x), False)
         return (aten.rand_like.default(x), aten.exp.default(x))
 

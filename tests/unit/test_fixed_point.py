@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -22,7 +24,7 @@ def walks(draw: st.DrawFn) -> tuple[Loop, list[torch.Tensor]]:
     table = torch.tensor(draw(st.lists(st.integers(0, n - 1), min_size=n, max_size=n)))
     starts = [torch.tensor(draw(st.integers(0, n - 1))) for _ in range(distance + 1)]
 
-    def body(x, y, table):
+    def body(x: Any, y: Any, table: Any) -> Any:
         index = aten.remainder.Scalar(aten.add.Tensor(x, y), n) if distance > 1 else x
         return (aten.index_select.default(table, 0, index), aten.neg.default(x))
 
@@ -130,7 +132,7 @@ def test_autoregressive_inverse(seed: int, trip_count: int) -> None:
     weight = torch.randn(12, 12, generator=generator).tril(-1)
     operands = [torch.zeros(4, 12), torch.randn(4, 12, generator=generator), weight.t().contiguous()]
 
-    def body(x, z, w):
+    def body(x: Any, z: Any, w: Any) -> Any:
         return (aten.add.Tensor(z, aten.tanh.default(aten.mm.default(x, w))),)
 
     bindings = [Carried(0, 1, (0,)), Invariant(1), Invariant(2)]

@@ -69,4 +69,4 @@ def test_scan_refuses_other_types() -> None:
     with pytest.raises(TypeError, match="leaves must be tensors"):
         scan(lambda c, x: (c, x), torch.ones(1), [1, 2])
     with pytest.raises(TypeError, match="pair"):
-        scan(lambda c, x: c, torch.ones(1), torch.ones(2))  # type: ignore[arg-type,return-value]
+        scan(lambda c, x: c, torch.ones(1), torch.ones(2))

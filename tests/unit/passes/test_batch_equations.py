@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import fx
 
 from fxjacobi.batched import BatchedMap
-from fxjacobi.blocks import Block
+from fxjacobi.blocks import loop_of, plan_of_block
 from fxjacobi.graph import check, stamp
 from fxjacobi.loops import Carried, Invariant, Kind, Loop, Scanned, Stacked, Step
 from fxjacobi.passes.batch_equations import BatchEquations
@@ -36,7 +36,13 @@ def test_the_middle_passes_together_keep_every_bit(program: Program) -> None:
 
 
 def rnn(steps: int, rows: int) -> tuple[Loop, list[torch.Tensor]]:
-    operands = [torch.randn(steps, rows, 8), torch.zeros(rows, 16), torch.randn(8, 16), torch.randn(16, 16) / 4, torch.randn(16)]
+    operands = [
+        torch.randn(steps, rows, 8),
+        torch.zeros(rows, 16),
+        torch.randn(8, 16),
+        torch.randn(16, 16) / 4,
+        torch.randn(16),
+    ]
 
     def body(x: Any, h: Any, w: Any, u: Any, b: Any) -> Any:
         new = aten.tanh.default(aten.add.Tensor(aten.addmm.default(b, x, w), aten.mm.default(h, u)))
@@ -55,8 +61,9 @@ def test_maps_of_a_recurrent_network_are_batched_and_the_recurrence_stays() -> N
     assert same_bits(result.module(*operands), loop(*operands))
     assert not any(isinstance(m, BatchedMap) for m in before.modules())
     for block in blocks(result.module):
+        assert loop_of(block) is not None
         if isinstance(block, BatchedMap):
-            assert isinstance(block, Block)
+            assert plan_of_block("map", block, before.graph.output_node()).method == "batched"
             assert "step by step" in block.reason
             check(block.batched, after="test")
             assert all(n.op != "call_method" for n in block.batched.graph.nodes)
@@ -136,9 +143,7 @@ def test_a_recurrence_alone_is_left_alone() -> None:
 
 def test_nested_maps_become_one_batch() -> None:
     operands = [torch.randn(6, 5, 4, 8)]
-    inner = make_loop(
-        lambda x: (aten.tanh.default(x),), 5, [Scanned(0, 0, range(5))], [Stacked(0)], [operands[0][0]]
-    )
+    inner = make_loop(lambda x: (aten.tanh.default(x),), 5, [Scanned(0, 0, range(5))], [Stacked(0)], [operands[0][0]])
     graph = fx.Graph()
     call = graph.call_module("inner", (graph.placeholder("x"),))
     graph.output((aten_mul(graph, graph.call_function(operator.getitem, (call, 0))),))

@@ -292,7 +292,7 @@ def test_a_chain_of_writes_takes_one_look_a_read() -> None:
         region = normalised((None, t), (3, 50))
         assert region is not None
         made = graph.call_function(write, (array, value, (None, t)))
-        history.write(made, array, value, region)
+        history.write(made, array, value, region, short=False)
         array = made
         chain, version = history._chains[array]
         looks += len(list(chain.seen_by((None, t), version)))

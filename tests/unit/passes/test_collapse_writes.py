@@ -27,7 +27,7 @@ def collapsed(loop: Loop, operands: list[torch.Tensor]) -> tuple[Any, bool]:
 def test_columns_written_one_by_one_are_written_at_once() -> None:
     operands = [torch.zeros(2, 6), torch.randn(6, 2)]
 
-    def body(x, v, t):
+    def body(x: Any, v: Any, t: Any) -> Any:
         return (node(ops.write, x, aten.exp.default(v), (None, t)),)
 
     bindings = [Carried(0, 1, (0,)), Scanned(1, 0, range(6)), Literal(tuple(range(6)))]
@@ -41,7 +41,7 @@ def test_columns_written_one_by_one_are_written_at_once() -> None:
 def test_raster_order() -> None:
     operands = [torch.full((2, 3, 4, 5), -1.0), torch.randn(20, 2, 3)]
 
-    def body(x, v, i, j):
+    def body(x: Any, v: Any, i: Any, j: Any) -> Any:
         return (node(ops.write, x, v, (None, None, i, j)),)
 
     rows, columns = tuple(t // 5 for t in range(20)), tuple(t % 5 for t in range(20))
@@ -55,14 +55,14 @@ def test_raster_order() -> None:
 def test_slices_tables_and_scatters() -> None:
     operands = [torch.zeros(4, 9), *torch.randn(3, 4, 3), torch.randn(9)]
 
-    def body(x, v, start, stop):
+    def body(x: Any, v: Any, start: Any, stop: Any) -> Any:
         return (aten.slice_scatter.default(x, v, 1, start, stop),)
 
     bindings = [Carried(0, 1, (0,)), Table((1, 2, 3)), Literal((0, 3, 6)), Literal((3, 6, 9))]
     loop = make_loop(body, 3, bindings, [Step(0, 2)], operands)
     assert collapsed(loop, operands)[1]
 
-    def select(x, v, t):
+    def select(x: Any, v: Any, t: Any) -> Any:
         return (aten.select_scatter.default(x, v, 0, t),)
 
     bindings = [Carried(0, 1, (0,)), Invariant(4), Literal((3, 1, -1))]
@@ -74,13 +74,13 @@ def test_a_read_of_the_array_a_history_or_an_accumulation_keeps_the_loop() -> No
     operands = [torch.zeros(2, 6), torch.randn(6, 2)]
     bindings = [Carried(0, 1, (0,)), Scanned(1, 0, range(6)), Literal(tuple(range(6)))]
 
-    def reads(x, v, t):
+    def reads(x: Any, v: Any, t: Any) -> Any:
         return (node(ops.write, x, aten.add.Tensor(v, aten.sum.dim_IntList(x, [1])), (None, t)),)
 
-    def accumulates(x, v, t):
+    def accumulates(x: Any, v: Any, t: Any) -> Any:
         return (node(ops.write, x, aten.add.Tensor(v, aten.select.int(x, 1, 0)), (None, t)),)
 
-    def writes(x, v, t):
+    def writes(x: Any, v: Any, t: Any) -> Any:
         return (node(ops.write, x, v, (None, t)),)
 
     for body, result in ((reads, Step(0, 5)), (accumulates, Step(0, 5)), (writes, Stacked(0))):
@@ -92,12 +92,17 @@ def test_a_read_of_the_array_a_history_or_an_accumulation_keeps_the_loop() -> No
 def test_two_writes_a_step() -> None:
     operands = [torch.zeros(8), torch.randn(4), torch.randn(4)]
 
-    def body(x, v, w, i, j):
+    def body(x: Any, v: Any, w: Any, i: Any, j: Any) -> Any:
         first = node(ops.write, x, v, (i,))
         return (node(ops.write, first, w, (j,)),)
 
     def loop(second: tuple[int, ...]) -> Loop:
-        bindings = [Carried(0, 1, (0,)), *(Scanned(k, 0, range(4)) for k in (1, 2)), Literal((0, 2, 4, 6)), Literal(second)]
+        bindings = [
+            Carried(0, 1, (0,)),
+            *(Scanned(k, 0, range(4)) for k in (1, 2)),
+            Literal((0, 2, 4, 6)),
+            Literal(second),
+        ]
         return make_loop(body, 4, bindings, [Step(0, 3)], operands)
 
     assert collapsed(loop((1, 3, 5, 7)), operands)[1]

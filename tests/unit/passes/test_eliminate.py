@@ -98,7 +98,9 @@ def test_draws_and_guards_stay() -> None:
             call(guard, call(aten.all.default, call(aten.gt.Scalar, x, 0)), True, spec=None)
         return (x,)
 
-    assert run(build) == [aten.randn.default, aten.randn.default, aten.gt.Scalar, aten.all.default, guard, guard]
+    found = run(build)
+    assert found.count(aten.randn.default) == found.count(guard) == 2
+    assert found.count(aten.gt.Scalar) == found.count(aten.all.default) == 1
 
 
 def test_two_results_stay_two() -> None:

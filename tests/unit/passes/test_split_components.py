@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import networkx as nx
 import pytest
@@ -63,7 +64,7 @@ def test_each_node_is_in_one_block_and_each_recurrence_is_one_component(program:
 def test_maps_before_and_after_a_recurrence() -> None:
     xs, w, h0 = torch.randn(6, 2, 4), torch.randn(4, 4), torch.zeros(2, 4)
 
-    def body(x, h, w):
+    def body(x: Any, h: Any, w: Any) -> Any:
         p = aten.tanh.default(aten.mm.default(x, w))
         new = aten.sigmoid.default(aten.add.Tensor(p, h))
         return (new, aten.exp.default(new))
@@ -86,7 +87,7 @@ def test_maps_before_and_after_a_recurrence() -> None:
 def test_invariants_move_out_and_the_last_head_becomes_straight_code() -> None:
     w, h0 = torch.randn(4, 4), torch.zeros(2, 4)
 
-    def body(h, w):
+    def body(h: Any, w: Any) -> Any:
         new = aten.tanh.default(aten.mm.default(h, aten.t.default(w)))
         return (new, aten.exp.default(new))
 
@@ -104,7 +105,7 @@ def test_invariants_move_out_and_the_last_head_becomes_straight_code() -> None:
 def test_a_head_needed_at_two_steps_is_a_map_of_two() -> None:
     h0 = torch.randn(2, 4)
 
-    def body(h):
+    def body(h: Any) -> Any:
         new = aten.sin.default(h)
         return (new, aten.exp.default(new))
 
@@ -118,7 +119,7 @@ def test_a_head_needed_at_two_steps_is_a_map_of_two() -> None:
 def test_two_independent_recurrences_are_two_blocks() -> None:
     a0, b0 = torch.randn(3), torch.randn(3)
 
-    def body(a, b):
+    def body(a: Any, b: Any) -> Any:
         return (aten.sin.default(a), aten.cos.default(b))
 
     loop = make_loop(body, 4, [Carried(0, 1, (0,)), Carried(1, 1, (1,))], [Step(0, 3), Step(1, 3)], [a0, b0])
@@ -128,7 +129,7 @@ def test_two_independent_recurrences_are_two_blocks() -> None:
 def test_a_delayed_value_of_another_block_is_shifted() -> None:
     xs, before = torch.randn(7, 3), torch.randn(3)
 
-    def body(x, previous):
+    def body(x: Any, previous: Any) -> Any:
         p = aten.exp.default(x)
         return (p, aten.sub.Tensor(p, previous))
 
@@ -142,7 +143,7 @@ def test_layouts_survive_the_stack() -> None:
     """A sum's rounding depends on its operand's strides."""
     xs = torch.randn(5, 33, 17)
 
-    def body(x, s):
+    def body(x: Any, s: Any) -> Any:
         turned = aten.clone.default(aten.t.default(x))
         wide = aten.mul.Tensor(turned, 1.1)
         return (aten.add.Tensor(aten.sum.dim_IntList(wide, [0]), s),)
@@ -155,7 +156,7 @@ def test_layouts_survive_the_stack() -> None:
 def test_unlike_layouts_of_a_delayed_value_are_kept_apart() -> None:
     xs, before = torch.randn(4, 3, 5), torch.randn(5, 3).t()
 
-    def body(x, previous):
+    def body(x: Any, previous: Any) -> Any:
         p = aten.exp.default(x)
         return (p, aten.sub.Tensor(p, previous))
 
@@ -169,7 +170,7 @@ def test_unlike_layouts_of_a_delayed_value_are_kept_apart() -> None:
 def test_a_light_view_is_recomputed_and_a_heavy_one_kept() -> None:
     h0, big = torch.randn(2, 8), torch.randn(64, 3)
 
-    def body(h, x):
+    def body(h: Any, x: Any) -> Any:
         gates = aten.sin.default(h)
         halves = aten.split.Tensor(gates, 4, 1)
         new = aten.cos.default(x)
@@ -188,7 +189,7 @@ def test_a_light_view_is_recomputed_and_a_heavy_one_kept() -> None:
 def test_a_value_too_large_to_stack_is_reduced_where_it_is_made() -> None:
     x0 = torch.randn(64, 64)
 
-    def body(x):
+    def body(x: Any) -> Any:
         new = aten.sin.default(x)
         return (new, aten.sum.default(new))
 
@@ -203,7 +204,7 @@ def test_a_value_too_large_to_stack_is_reduced_where_it_is_made() -> None:
 def test_guards_go_into_a_map_and_still_fail() -> None:
     xs = torch.tensor([1.0, 2.0, 3.0])
 
-    def body(x, h, wanted):
+    def body(x: Any, h: Any, wanted: Any) -> Any:
         node(ops.guard, aten.gt.Scalar(x, 2.5), wanted)
         return (aten.add.Tensor(x, h),)
 
@@ -220,7 +221,7 @@ def test_guards_go_into_a_map_and_still_fail() -> None:
 def test_inner_loops_are_split_first() -> None:
     xs, h0, v = torch.randn(3, 4), torch.zeros(4), torch.randn(5, 4)
 
-    def step(y, x, v):
+    def step(y: Any, x: Any, v: Any) -> Any:
         return (aten.mul.Tensor(aten.sin.default(x), v), aten.add.Tensor(y, aten.cos.default(v)))
 
     inner = make_loop(
@@ -251,13 +252,14 @@ def test_inner_loops_are_split_first() -> None:
 def test_dead_results_are_dropped_and_tuples_may_not_leak() -> None:
     a0, b0 = torch.randn(3), torch.randn(3)
 
-    def body(a, b):
+    def body(a: Any, b: Any) -> Any:
         return (aten.sin.default(a), aten.cos.default(b))
 
     loop = make_loop(body, 4, [Carried(0, 1, (0,)), Carried(1, 1, (1,))], [Step(0, 3), Step(1, 3)], [a0, b0])
     module = graph_of(loop, [a0, b0])
     output = module.graph.output_node()
-    output.args = ((output.args[0][0],),)
+    values: Any = output.args[0]
+    output.args = ((values[0],),)
     module.graph.eliminate_dead_code()
     assert len(block_loops(SplitComponents().run(module).module)) == 1
     leaking = graph_of(loop, [a0, b0])
@@ -282,7 +284,7 @@ def test_random_bodies_stay_whole() -> None:
 def test_blocks_are_in_topological_order_and_stamped() -> None:
     xs, h0 = torch.randn(6, 2, 4), torch.zeros(2, 4)
 
-    def body(x, h):
+    def body(x: Any, h: Any) -> Any:
         new = aten.add.Tensor(aten.exp.default(x), h)
         return (new, aten.sin.default(new))
 

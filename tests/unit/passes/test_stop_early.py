@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 
@@ -24,7 +26,7 @@ def test_outputs_are_those_of_the_unsplit_loop(program: Program) -> None:
 def test_fires_on_fixed_points_only_and_prints_as_a_call() -> None:
     operands = [torch.randn(9, 3), torch.randn(3)]
 
-    def body(x, h, g, w):
+    def body(x: Any, h: Any, g: Any, w: Any) -> Any:
         return (aten.add.Tensor(x, h), aten.tanh.default(aten.mul.Tensor(g, w)))
 
     bindings = [Scanned(0, 0, range(9)), Carried(0, 1, (1,)), Carried(1, 1, (1,)), Invariant(1)]

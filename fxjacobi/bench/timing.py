@@ -1,0 +1,76 @@
+"""Timing two or more functions in one run: warmed up, interleaved, medians."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["interleaved", "once"]
+
+T = TypeVar("T")
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def once(function: Callable[[], T]) -> tuple[T, float]:
+    """Return what ``function`` returns and the seconds that it took."""
+    _synchronize()
+    start = time.perf_counter()
+    result = function()
+    _synchronize()
+    return result, time.perf_counter() - start
+
+
+def _sample(function: Callable[[], object], number: int) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    for _ in range(number):
+        function()
+    _synchronize()
+    return (time.perf_counter() - start) / number
+
+
+def interleaved(
+    functions: Sequence[Callable[[], object]], *, rounds: int, sample_s: float = 0.0, warmup: int = 1
+) -> list[float]:
+    """Return the median seconds of one call of each function.
+
+    The functions take turns, first one order and then the other, so that a machine that slows down slows all of them.
+
+    Args:
+        functions: What to time.
+        rounds: Samples of each.
+        sample_s: Seconds that a sample should last at least: a short function is called many times in it.
+        warmup: Calls of each before timing.
+
+    Raises:
+        ValueError: ``rounds`` is less than 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, not {rounds}")
+    for function in functions:
+        for _ in range(warmup):
+            function()
+    numbers = [max(1, round(sample_s / max(_sample(function, 1), 1e-9))) if sample_s else 1 for function in functions]
+    samples: list[list[float]] = [[] for _ in functions]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            order = range(len(functions)) if turn % 2 == 0 else reversed(range(len(functions)))
+            for place in order:
+                samples[place].append(_sample(functions[place], numbers[place]))
+    finally:
+        if collecting:
+            gc.enable()
+    return [statistics.median(each) for each in samples]

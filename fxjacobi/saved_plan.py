@@ -1,0 +1,134 @@
+"""Saving what planning measured and loading it, so that a server starts without measuring. JSON, nothing executable."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxjacobi.errors import PlanError
+from fxjacobi.loops import Loop
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from fxjacobi.methods.method import Method
+
+__all__ = ["Decision", "SavedPlan", "describe_method", "device_name", "fingerprint"]
+
+_FORMAT = 1
+
+
+def device_name() -> str:
+    """What a plan's timings hold for: the processor, its threads, and the CUDA device where there is one."""
+    name = f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        name += f", {torch.cuda.get_device_name()}"
+    return name
+
+
+def fingerprint(module: fx.GraphModule) -> str:
+    """A hash of the rolled graph: operations, arguments, specs and loops, without the values of parameters."""
+    digest = hashlib.sha256()
+
+    def describe(each: fx.GraphModule) -> None:
+        for node in each.graph.nodes:
+            digest.update(f"{node.op} {node.target} {node.args} {node.kwargs} {node.meta.get('spec')}\n".encode())
+            if node.op == "call_module":
+                child = each.get_submodule(str(node.target))
+                if isinstance(child, Loop):
+                    digest.update(f"{child.trip_count} {child.bindings} {child.results}\n".encode())
+                    describe(child.body)
+
+    describe(module)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided for one graph: whether it is solved, and each recurrence's method by the block's place."""
+
+    solved: bool
+    reason: str
+    ordinary_s: float | None
+    solved_s: float | None
+    methods: tuple[dict[str, Any], ...] = ()
+
+    def method(self, place: int) -> Method:
+        """The method of the ``place``-th recurrence.
+
+        Raises:
+            PlanError: The plan names a method that does not exist, or options that it does not take.
+        """
+        from fxjacobi.choose import METHOD_OF_NAME  # choosing imports this module
+
+        if place >= len(self.methods):
+            raise PlanError("the saved plan has fewer recurrences than the graph")
+        entry = self.methods[place]
+        try:
+            return METHOD_OF_NAME[entry["name"]](**entry["options"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"the saved plan names a method that this version does not have: {entry}") from error
+
+
+@dataclass
+class SavedPlan:
+    """Decisions by the graph's fingerprint, and what they hold for."""
+
+    torch: str = torch.__version__
+    device: str = field(default_factory=device_name)
+    decisions: dict[str, Decision] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        content = {"format": _FORMAT, **dataclasses.asdict(self)}
+        Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SavedPlan:
+        """Read a plan.
+
+        Raises:
+            PlanError: It is no plan of this format, or it was measured on another device or torch build.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{path} cannot be read as a plan: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise PlanError(f"{path} is no plan of format {_FORMAT}")
+        for name, here in (("torch", torch.__version__), ("device", device_name())):
+            if content.get(name) != here:
+                raise PlanError(f"{path} was measured with {name} {content.get(name)!r}; this is {here!r}")
+        try:
+            decisions = {
+                key: Decision(**{**entry, "methods": tuple(entry["methods"])})
+                for key, entry in content["decisions"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{path} is damaged: {error}") from error
+        return cls(content["torch"], content["device"], decisions)
+
+    def decision(self, graph: str) -> Decision:
+        """The decision for a graph.
+
+        Raises:
+            PlanError: The plan was made for other graphs.
+        """
+        if graph not in self.decisions:
+            raise PlanError("the saved plan was made for another graph; compile without plan= and save it again")
+        return self.decisions[graph]
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """A method as JSON: its name and its options."""
+    from fxjacobi.choose import METHOD_OF_NAME
+
+    name = next(name for name, kind in METHOD_OF_NAME.items() if type(method) is kind)
+    return {"name": name, "options": dataclasses.asdict(method)}
