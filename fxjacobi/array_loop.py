@@ -13,44 +13,26 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
 from fxjacobi import ops
-from fxjacobi.causal_rules.registry import overloads
-from fxjacobi.causal_rules.views import VIEWS
+from fxjacobi.array_paths import NotAnArrayLoop, numel, positions_of, selection, write_chain, written_part
+from fxjacobi.equations import is_effect
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Table
 from fxjacobi.passes.assemble import assemble
 from fxjacobi.passes.inline_calls import inline_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 __all__ = ["Access", "ArrayLoop", "NotAnArrayLoop", "Write", "array_loop", "operation_key"]
 
 aten = torch.ops.aten
-
-Path: TypeAlias = "tuple[fx.Node | _Region, ...]"
-
-
-class NotAnArrayLoop(Exception):  # noqa: N818 - an answer, caught by the only caller
-    """The loop is not of this form; the message says in what, and ``node`` is the place, if there is one."""
-
-    def __init__(self, message: str, node: fx.Node | None = None) -> None:
-        super().__init__(message)
-        self.node = node
-
-
-@dataclass(frozen=True, slots=True)
-class _Region:
-    """The part of a base that a write covers: ``operation(base, *arguments)`` is that part."""
-
-    operation: Any
-    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +139,7 @@ class ArrayLoop:
         """
         spec = self.array_spec
         count = len(self.writes)
-        rank = torch.full((_numel(spec.shape),), -1, dtype=torch.int32)
+        rank = torch.full((numel(spec.shape),), -1, dtype=torch.int32)
         for k, write in enumerate(self.writes):
             flat = write.positions.reshape(self.trip_count, -1)
             equations = torch.arange(self.trip_count, dtype=torch.int32).mul(count).add(k)
@@ -200,8 +182,8 @@ def array_loop(loop: Loop) -> ArrayLoop:
     bindings = dict(zip(placeholders, loop.bindings, strict=True))
     carries = [node for node in placeholders if isinstance(bindings[node], Carried)]
     if len(carries) != 1:
-        others = [_producer(body, bindings[node].output) for node in carries]
-        others = [node for node in others if node is not None and _write(node) is None]
+        producers = [_producer(body, binding.output) for binding in loop.bindings if isinstance(binding, Carried)]
+        others = [node for node in producers if node is not None and written_part(node) is None]
         what = "".join(f"; {node.target} at {site_of(node)} makes one" for node in others[:1])
         message = f"the body carries {len(carries)} values, and not one array alone{what}"
         raise NotAnArrayLoop(message, others[0] if others else None)
@@ -211,13 +193,11 @@ def array_loop(loop: Loop) -> ArrayLoop:
         raise NotAnArrayLoop(f"the carried value comes from {carry.distance} steps before")
     outputs = body.graph.output_node().args[0]
     assert isinstance(outputs, tuple)
-    found = _chain(outputs[carry.output], array)
+    found = write_chain(outputs[carry.output], array)
     versions = [array, *(node for node, _, _ in found)]
     literals = {node: bindings[node].values for node in placeholders if isinstance(bindings[node], Literal)}
 
-    per_step: set[fx.Node] = {
-        node for node in placeholders if isinstance(bindings[node], (Literal, Scanned, Table))
-    }
+    per_step: set[fx.Node] = {node for node in placeholders if isinstance(bindings[node], (Literal, Scanned, Table))}
     touched: set[fx.Node] = set()
     for node in nodes:
         if node.op in ("placeholder", "output") or node in versions:
@@ -226,27 +206,27 @@ def array_loop(loop: Loop) -> ArrayLoop:
             per_step.add(node)
         if any(used in touched or used in versions for used in node.all_input_nodes):
             touched.add(node)
-        if _draws(node, body):
+        if _draws(node):
             raise NotAnArrayLoop(f"{node.target} at {site_of(node)} draws random numbers inside the loop", node)
     writes = []
     for node, value, path in found:
         if not isinstance(value, fx.Node):
             raise NotAnArrayLoop(f"{node} writes a Python value")
-        writes.append(Write(node, value, _positions(array, path, literals, loop.trip_count)))
+        writes.append(Write(node, value, positions_of(array, path, literals, loop.trip_count)))
 
     needed, guards = _needed(nodes, versions, outputs, [write.value for write in writes])
     accesses = {}
     for node in nodes:
         if node in needed and node in per_step:
-            source_path = _selection(node, per_step, literals)
+            source_path = selection(node, per_step, literals)
             if source_path is not None:
                 source, path = source_path
-                accesses[node] = Access(node, source, _positions(source, path, literals, loop.trip_count))
+                accesses[node] = Access(node, source, positions_of(source, path, literals, loop.trip_count))
     tail_users = _tail_users(needed, per_step, accesses, outputs, writes, guards)
     tail = tuple(node for node in nodes if node in tail_users and node not in accesses and node.op != "placeholder")
     kept = {node: access for node, access in accesses.items() if node in tail_users}
-    others = [o for o in outputs if isinstance(o, fx.Node) and o not in versions]
-    ends = [*(write.value for write in writes), *others, *(g.args[0] for g in guards if isinstance(g.args[0], fx.Node))]
+    rest = [o for o in outputs if isinstance(o, fx.Node) and o not in versions]
+    ends = [*(write.value for write in writes), *rest, *(g.args[0] for g in guards if isinstance(g.args[0], fx.Node))]
     return ArrayLoop(
         loop=loop,
         array=array,
@@ -268,13 +248,6 @@ def _producer(body: fx.GraphModule, output: int) -> fx.Node | None:
     return node if isinstance(node, fx.Node) and node.op == "call_function" else None
 
 
-def _numel(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def _tidied(loop: Loop) -> Loop:
     """Inline recorded submodules, drop what nobody reads (guards are read by the run), compute equal things once."""
     body = inline_calls(loop.body, only_single=False)
@@ -282,7 +255,11 @@ def _tidied(loop: Loop) -> Loop:
     values: dict[fx.Node, fx.Node] = {}
     alive: set[fx.Node] = set()
     for node in reversed(body.graph.nodes):
-        if node.op in ("placeholder", "output") or node.target in ops.GUARDS or any(user in alive for user in node.users):
+        if (
+            node.op in ("placeholder", "output")
+            or node.target in ops.GUARDS
+            or any(user in alive for user in node.users)
+        ):
             alive.add(node)
     known: dict[Any, fx.Node] = {}
     for node in body.graph.nodes:
@@ -318,121 +295,8 @@ def operation_key(node: fx.Node, values: dict[fx.Node, fx.Node]) -> Any:
     return (node.op, node.target, key(node.args), key(node.kwargs))
 
 
-def _draws(node: fx.Node, body: fx.GraphModule) -> bool:
-    from fxjacobi.equations import is_effect
-
+def _draws(node: fx.Node) -> bool:
     return node.target not in ops.GUARDS and node.op in ("call_function", "call_module") and is_effect(node)
-
-
-# -- writes ---------------------------------------------------------------------------------------------------------
-
-
-def _write(node: fx.Node) -> tuple[fx.Node, Any, Path] | None:
-    """Return ``(base, value, path to the written part)`` if ``node`` is a write."""
-    if node.op != "call_function":
-        return None
-    if node.target is ops.write:
-        base, value, index = node.args
-        assert isinstance(base, fx.Node)
-        return base, value, (_Region(_basic, (index,)),)
-    scatters = {
-        aten.select_scatter.default: (aten.select.int, 2),
-        aten.slice_scatter.default: (aten.slice.Tensor, 2),
-        aten.diagonal_scatter.default: (aten.diagonal.default, 2),
-    }
-    if node.target in scatters:
-        operation, first = scatters[node.target]
-        base, value = node.args[:2]
-        assert isinstance(base, fx.Node)
-        region = _Region(operation, tuple(node.args[first:]))
-        if isinstance(value, fx.Node):
-            inner = _write(value)
-            # X[..., i, j] = v comes out as a scatter into the selected row, scattered back.
-            if inner is not None and inner[0].target is operation and inner[0].args == (base, *node.args[first:]):
-                return base, inner[1], (region, *inner[2])
-        return base, value, (region,)
-    if node.target is aten.index_put.default and not (len(node.args) > 3 and node.args[3]):
-        base, index, value = node.args[:3]
-        assert isinstance(base, fx.Node)
-        return base, value, (_Region(aten.index.Tensor, (index,)),)
-    return None
-
-
-def _basic(base: torch.Tensor, index: ops.Index) -> torch.Tensor:
-    return base[ops.basic_index(index)]
-
-
-def _chain(node: Any, array: fx.Node) -> list[tuple[fx.Node, Any, Path]]:
-    """Return the writes that lead from ``array`` to ``node``, in order."""
-    found: list[tuple[fx.Node, Any, Path]] = []
-    while node is not array:
-        write = _write(node) if isinstance(node, fx.Node) else None
-        if write is None:
-            raise NotAnArrayLoop(f"the carried value is not written in part: {node} makes all of it anew")
-        found.append((node, write[1], write[2]))
-        node = write[0]
-    if not found:
-        raise NotAnArrayLoop("the carried value never changes")
-    return found[::-1]
-
-
-def _positions(
-    source: fx.Node, path: Path, literals: dict[fx.Node, tuple[Any, ...]], trip_count: int
-) -> torch.Tensor:
-    """Follow ``path`` with the indices of ``source``'s elements in place of its values, at each step."""
-    spec = spec_of(source)
-    if not isinstance(spec, TensorSpec):
-        raise NotAnArrayLoop(f"{source} is not one tensor")
-    indices = torch.arange(_numel(spec.shape)).reshape(spec.shape)
-    rows = []
-    for step in range(trip_count):
-
-        def at(node: fx.Node, step: int = step) -> Any:
-            if node not in literals:
-                raise NotAnArrayLoop(f"the place of a selection from {source} depends on {node}")
-            return literals[node][step]
-
-        part: Any = indices
-        for move in path:
-            if isinstance(move, _Region):
-                part = move.operation(part, *map_arg(move.arguments, at))
-            else:
-                rest, kwargs = map_arg(move.args[1:], at), map_arg(move.kwargs, at)
-                assert callable(move.target)
-                if move.target in _RESHAPES:
-                    here = spec_of(move)
-                    assert isinstance(here, TensorSpec)
-                    part = part.reshape(here.shape)
-                else:
-                    part = move.target(part, *rest, **kwargs)
-        rows.append(part)
-    if any(row.shape != rows[0].shape for row in rows):
-        raise NotAnArrayLoop(f"selections from {source} have another shape at each step")
-    return torch.stack(rows)
-
-
-_RESHAPES = frozenset(overloads("view.default", "_unsafe_view", "reshape", "view_copy.default", "_reshape_alias"))
-
-
-# -- reads ----------------------------------------------------------------------------------------------------------
-
-
-def _selection(
-    node: fx.Node, per_step: set[fx.Node], literals: dict[fx.Node, tuple[Any, ...]]
-) -> tuple[fx.Node, Path] | None:
-    """Return ``(source, path)`` if ``node`` selects, by literals alone, from a tensor that is not per step."""
-    path: list[fx.Node] = []
-    while node in per_step or node.target is operator.getitem or not isinstance(spec_of(node), TensorSpec):
-        if node.op != "call_function" or node.target not in VIEWS or not isinstance(node.args[0], fx.Node):
-            return None
-        rest = [used for used in node.all_input_nodes if used is not node.args[0]]
-        if any(used not in literals for used in rest):
-            return None
-        path.append(node)
-        node = node.args[0]
-        if node not in per_step and isinstance(spec_of(node), TensorSpec):
-            break
-    return (node, tuple(path[::-1])) if path else None
 
 
 def _needed(

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fxjacobi.array_loop import ArrayLoop, NotAnArrayLoop, array_loop
+from fxjacobi.array_loop import ArrayLoop, array_loop
+from fxjacobi.array_paths import NotAnArrayLoop
 from fxjacobi.causal_rules.blame import blame
 from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, squash, unknown
 from fxjacobi.causal_rules.interpreter import interpret
@@ -179,9 +180,9 @@ class _Analysis:
         outside = {write.node for write in structure.writes}
         if version in structure.ends:
             return True
-        return any(
-            access.source is version for access in structure.accesses.values()
-        ) or any(user not in outside and user.op != "output" for user in version.users)
+        return any(access.source is version for access in structure.accesses.values()) or any(
+            user not in outside and user.op != "output" for user in version.users
+        )
 
     def _placeholders(self, version: int, position_ranks: torch.Tensor) -> dict[fx.Node, Value]:
         """Return what is known of the array's versions and of what is the same at every step."""
@@ -212,10 +213,10 @@ class _Analysis:
         count = len(structure.writes)
         clocks = torch.arange(structure.trip_count, dtype=torch.int64) * count + version
         for order, end in enumerate(structure.ends):
-            bound = self._bound(env, end, version, clocks)
+            bound = self._bound(env, end, clocks)
             broken = (bound >= clocks).nonzero()[:, 0].tolist()
             for step in broken:
-                exact = self._exact(context, env, end, version, step, int(clocks[step]))
+                exact = self._exact(context, env, end, step, int(clocks[step]))
                 bound[step] = exact.highest
                 if exact.highest >= int(clocks[step]):
                     return self._refuse(context, env, end, order, step, version, exact)
@@ -223,7 +224,7 @@ class _Analysis:
                 step_ranks[order::count] = torch.maximum(step_ranks[order::count], bound)
         return None
 
-    def _bound(self, env: dict[fx.Node, Value], end: fx.Node, version: int, clocks: torch.Tensor) -> torch.Tensor:
+    def _bound(self, env: dict[fx.Node, Value], end: fx.Node, clocks: torch.Tensor) -> torch.Tensor:
         """Return, for each step, the highest rank among all that ``end`` rests on."""
         structure = self.structure
         bound = torch.full((structure.trip_count,), NOTHING, dtype=torch.int64)
@@ -247,9 +248,7 @@ class _Analysis:
             rank = torch.where(late, NOTHING, rank)
         return rank if rank.numel() else torch.full((len(rank), 1), NOTHING)
 
-    def _exact(
-        self, context: Context, env: dict[fx.Node, Value], end: fx.Node, version: int, step: int, clock: int
-    ) -> Abstract:
+    def _exact(self, context: Context, env: dict[fx.Node, Value], end: fx.Node, step: int, clock: int) -> Abstract:
         """Interpret the tail at one step, element by element."""
         structure = self.structure
         values = dict(env)
@@ -305,7 +304,9 @@ class _Analysis:
             if exact.shape != tuple(positions.shape):
                 spread = torch.broadcast_to(exact.rank, positions.shape).reshape(-1)
                 worst = int((spread >= clock).nonzero()[0])
-            element = tuple(int(i) for i in torch.unravel_index(positions.reshape(-1)[worst], structure.array_spec.shape))
+            element = tuple(
+                int(i) for i in torch.unravel_index(positions.reshape(-1)[worst], structure.array_spec.shape)
+            )
             what = f"element {list(element)} of the array"
         elif any(end in guard.args for guard in structure.guards):
             what = f"the branch on {end}"

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except _Refusal as refusal:
-        print(f"fxjacobi: {refusal}", file=sys.stderr)  # noqa: T201 - it is a command
+        print(f"fxjacobi: {refusal}", file=sys.stderr)
         return 2
     return status
 
@@ -77,10 +77,10 @@ def _explain(options: argparse.Namespace) -> int:
 
     model, arguments = _load(options.target)
     plan = fxjacobi.explain(model, *arguments)
-    print(plan)  # noqa: T201 - it is a command
+    print(plan)
     if options.html is not None:
         plan.to_html(options.html)
-        print(f"written to {options.html}")  # noqa: T201 - it is a command
+        print(f"written to {options.html}")
     return 0
 
 
@@ -91,9 +91,9 @@ def _verify(options: argparse.Namespace) -> int:
     try:
         found = fxjacobi.verify(model, *arguments)
     except fxjacobi.ExactnessError as difference:
-        print(f"equal: no\n{difference}")  # noqa: T201 - it is a command
+        print(f"equal: no\n{difference}")
         return 1
-    print(f"equal: yes ({found.tensors} tensors, {found.elements} elements)")  # noqa: T201 - it is a command
+    print(f"equal: yes ({found.tensors} tensors, {found.elements} elements)")
     return 0
 
 
@@ -104,7 +104,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     if options.list:
         for benchmark in SUITE:
-            print(f"{benchmark.name:16} {benchmark.summary}")  # noqa: T201 - it is a command
+            print(f"{benchmark.name:16} {benchmark.summary}")
         return 0
     names = [benchmark.name for benchmark in SUITE]
     unknown = [name for name in options.only or () if name not in names]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.equal_steps import equal_steps
 from fxjacobi.errors import PassError
 from fxjacobi.loops import Carried, Kind, Loop, Stacked, Step
 
@@ -71,7 +72,10 @@ class FixedPoint(nn.Module):
     on, so that every result of the full run is known. A repeat of period 1 is found at once, a longer one by R. P.
     Brent's algorithm (An improved Monte Carlo factorization algorithm, BIT 20, 1980, section 2) with one saved state.
 
-    Where gradients are recorded for an operand, the loop runs in full.
+    Where gradients are recorded, the steps up to the repeat are recorded and the ``n`` equal ones after it are not: with
+    ``J`` their common Jacobian, the adjoint runs ``l <- J^T l`` and the operands' gradient is that of one step for the
+    sum of all ``l``. It stops when ``l`` repeats or vanishes, as it does in an autoregressive inverse, where ``J`` is
+    nilpotent. Loops with distances above 1 or stacked iterates run in full then.
 
     Args:
         loop: A loop of :attr:`fxjacobi.loops.Kind.FIXED_POINT`.
@@ -99,7 +103,8 @@ class FixedPoint(nn.Module):
 
     def forward(self, *operands: Any) -> tuple[Any, ...]:
         """Return the loop's results, and leave a :class:`Solution` in ``last``."""
-        if torch.is_grad_enabled() and any(isinstance(o, torch.Tensor) and o.requires_grad for o in operands):
+        recorded = torch.is_grad_enabled() and any(isinstance(o, torch.Tensor) and o.requires_grad for o in operands)
+        if recorded and (self._keep_all or self._reach > 1):
             self.last = Solution(self.loop.trip_count, Certificate.SEQUENTIAL)
             return tuple(self.loop(*operands))
         outputs: dict[int, Sequence[Any]] = {}
@@ -113,9 +118,12 @@ class FixedPoint(nn.Module):
             step += 1
             state = self._state(operands, outputs, step)
             if step < trip_count and step >= next_check:
-                start = step - 1 if state.equals(before) else saved_at if state.equals(saved) else None
-                if start is not None:
-                    return self._repeat(operands, outputs, start, step)
+                if state.equals(before):
+                    if recorded:
+                        return self._repeat_recorded(operands, outputs, step)
+                    return self._repeat(operands, outputs, step - 1, step)
+                if not recorded and state.equals(saved):
+                    return self._repeat(operands, outputs, saved_at, step)
                 misses += 1
                 next_check = step + 1 + (0 if _on_cpu(state) else misses // _PATIENCE)
             if step & (step - 1) == 0:
@@ -126,14 +134,17 @@ class FixedPoint(nn.Module):
         return self._collect(outputs)
 
     def _evaluate(self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> Sequence[Any]:
+        values: Sequence[Any] = self.loop.body.forward(*self._arguments(operands, outputs, step))
+        return values
+
+    def _arguments(self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> list[Any]:
         arguments = []
         for binding in self.loop.bindings:
             if isinstance(binding, Carried):
                 arguments.append(self._carried(binding, operands, outputs, step))
             else:
                 arguments.append(operands[binding.operand])  # type: ignore[union-attr]
-        values: Sequence[Any] = self.loop.body.forward(*arguments)
-        return values
+        return arguments
 
     @staticmethod
     def _carried(binding: Carried, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> Any:
@@ -144,7 +155,7 @@ class FixedPoint(nn.Module):
         """All that the steps from ``step`` on read, the newest values first."""
         return _State(
             [
-                self._carried(binding, operands, outputs, step + ahead)
+                self._carried(binding, operands, outputs, step + ahead).detach()
                 for binding in self._carries
                 for ahead in reversed(range(binding.distance))
             ]
@@ -171,6 +182,19 @@ class FixedPoint(nn.Module):
                     sweeps += 1
             outputs[later] = outputs[same]
         self.last = Solution(sweeps, Certificate.REPEATED if period == 1 else Certificate.CYCLED)
+        return self._collect(outputs)
+
+    def _repeat_recorded(
+        self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int
+    ) -> tuple[Any, ...]:
+        """Return the results with gradients, knowing that the step before ``step`` left the state as it was."""
+        now = step - 1
+        for later in sorted(t for t in self._wanted if t >= step):
+            values = [o.detach() for o in outputs[now]]
+            arguments = self._arguments(operands, outputs, now + 1)
+            outputs[later] = equal_steps(self.loop, later - now, arguments, values)
+            now = later
+        self.last = Solution(step, Certificate.REPEATED)
         return self._collect(outputs)
 
     def _collect(self, outputs: dict[int, Sequence[Any]]) -> tuple[Any, ...]:

@@ -111,7 +111,7 @@ def _drops_nothing(node: fx.Node) -> bool:
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.name == "dropout_p":
             given = node.args[position] if position < len(node.args) and not argument.kwarg_only else argument.default_value
-            return node.kwargs.get("dropout_p", given) == 0
+            return bool(node.kwargs.get("dropout_p", given) == 0)
     return False
 
 

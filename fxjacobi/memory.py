@@ -218,8 +218,6 @@ class Memory:
         self.written.append(region.birth)
         base = region.views[region.base]
         base.node, base.version = new_base, region.version
-        written = region.views[geometry]
-        written.node, written.version = value, region.version
 
     def _put_back(self, region: Region, chain: list[Geometry], value: fx.Node) -> fx.Node:
         """Return the base's new value, given that of its view ``chain[0]`` (``chain`` leads from it to the base)."""

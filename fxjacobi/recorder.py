@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxjacobi import ops
-from fxjacobi.aliasing import View, geometry_of, storage_key
+from fxjacobi.aliasing import Geometry, View, geometry_of, storage_key
 from fxjacobi.errors import CaptureError
 from fxjacobi.functional import functional_counterpart, mutation_of
 from fxjacobi.graph import TensorSpec, spec_of_value
@@ -94,6 +94,7 @@ class Recorder(TorchDispatchMode):
         self.memory = Memory(graph, attach, known, gradients, self.refuse)
         self.sites = SiteFinder()
         self.undifferentiable: str | None = None  # why an emitted module would not have the run's gradients
+        self._turned: Geometry | None = None  # what a tensor that is turned in place looked like before
         self._grad_mode = torch.is_grad_enabled()
 
     # -- dispatch -------------------------------------------------------------------------------------------------
@@ -146,7 +147,10 @@ class Recorder(TorchDispatchMode):
         if self.gradients and torch.is_grad_enabled() != self._grad_mode and self.undifferentiable is None:
             self.undifferentiable = f"gradients are switched inside the run at {self.memory.site}"
         mutation = mutation_of(func)
-        if mutation is not None:
+        if torch.Tag.inplace_view in func.tags:
+            self.memory.lookup(args[0])
+            self._turned = self.memory.key(self.memory.regions[storage_key(args[0])], args[0])
+        elif mutation is not None:
             self._save_before_write([args[p] for p in mutation.positions if p < len(args)])
         elif func in _BATCH_NORMS:
             self._save_before_write([a for a in args[3:5] if a is not None])
@@ -186,7 +190,9 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         nodes, keywords = prepared
         mutation = mutation_of(func)
-        if mutation is not None:
+        if torch.Tag.inplace_view in func.tags:
+            self._record_turned(func, args[0], nodes)
+        elif mutation is not None:
             self._record_write(func, args, kwargs, nodes, keywords, mutation, result)
         elif func in _BATCH_NORMS and args[5] and args[3] is not None:
             self._record_batch_norm(func, args, nodes, result)
@@ -271,6 +277,17 @@ class Recorder(TorchDispatchMode):
             elif isinstance(item, (tuple, list)):
                 self._unpack(self.memory.emit(_getitem, (node, position), {}, spec_of_value(item)), item)
 
+    def _record_turned(self, func: Any, tensor: torch.Tensor, nodes: tuple[Any, ...]) -> None:
+        """``transpose_`` and its like write nothing: the same tensor object is another view from here on."""
+        functional = functional_counterpart(func)
+        if functional is None or self._turned is None:
+            raise self.refuse(f"{func} changes a tensor's shape in place", "use an out-of-place view")
+        region = self.memory.regions[storage_key(tensor)]
+        geometry = self.memory.key(region, tensor)
+        if geometry not in region.views:
+            node = self.memory.emit(functional, nodes, {}, tensor_spec(tensor))
+            region.views[geometry] = View(node, region.version, self._turned, functional, nodes[1:])
+
     def _record_split(self, func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], result: Any) -> None:
         """Several views at once: each becomes the select or slice that it is."""
         source = args[0]
@@ -312,6 +329,9 @@ class Recorder(TorchDispatchMode):
             return  # x[0] += 1 ends by copying the view onto itself
         if func is aten.copy_.default:
             value = self._as(nodes[1], target)
+            region = self.memory.regions[storage_key(target)]
+            if self.memory.key(region, target) == region.base:  # else the write into the base copies
+                value = self.memory.emit(aten.clone.default, (value,), {}, tensor_spec(target))
         elif func in (aten.fill_.Scalar, aten.zero_.default):
             fill = nodes[1] if len(nodes) > 1 else 0
             value = self.memory.emit(

@@ -88,11 +88,14 @@ class JacobiWrites(nn.Module):
         self.tail: nn.Module = self.parts.tail if self.batch is None else self.batch(self.parts.tail)
         self.loop: Loop = structure.loop
         self.method = "jacobi" if self.window is None else f"jacobi (window of {self.window})"
-        self.reason = str(proof)
+        batched = getattr(self.tail, "reason", "")
+        self.reason = "one evaluation of the network serves all steps" + (f"; tail: {batched}" if batched else "")
         self.proof_sentence = str(proof)
         device = structure.array_spec.device
         self._written = [write.positions.reshape(structure.trip_count, -1).to(device) for write in structure.writes]
-        self._read = {one.node: structure.accesses[one.node].positions for one in self.parts.inputs if one.kind == "access"}
+        self._read = {
+            one.node: structure.accesses[one.node].positions for one in self.parts.inputs if one.kind == "access"
+        }
         # A read of an element before it is written sees what was there before the loop.
         self._early = {}
         for node, positions in self._read.items():
@@ -116,8 +119,7 @@ class JacobiWrites(nn.Module):
         with torch.no_grad():
             if not self._still_proven(operands):
                 self.last = Solution(self.loop.trip_count, Certificate.SEQUENTIAL, completed=self.loop.trip_count)
-                results = self.loop(*operands)
-                return results
+                return tuple(self.loop(*operands))
             return _Solve(self, operands).run()
 
     def _still_proven(self, operands: Sequence[Any]) -> bool:
@@ -135,6 +137,7 @@ class JacobiWrites(nn.Module):
         return True
 
     def extra_repr(self) -> str:
+        """Show the sizes."""
         return f"trip_count={self.loop.trip_count}, writes={len(self._written)}, window={self.window}"
 
 
@@ -203,7 +206,11 @@ class _Solve:
         for k, positions in enumerate(self.block._written):
             here = positions[start : start + steps]
             value = self._written_value(k, ends)
-            new = value.expand(steps, *self.structure.writes[k].positions.shape[1:]).reshape(steps, -1).to(self.flat.dtype)
+            new = (
+                value.expand(steps, *self.structure.writes[k].positions.shape[1:])
+                .reshape(steps, -1)
+                .to(self.flat.dtype)
+            )
             news.append(new)
             changes.append((_bits(new) != _bits(self.flat[here])).reshape(steps, -1).any(1))
         changed = torch.stack(changes, 1).reshape(-1)  # in the order of the equations
@@ -216,7 +223,8 @@ class _Solve:
         for k, new in enumerate(news):
             rows = _row(before, k, self.count) - start
             self.flat[self.block._written[k][start + rows : start + steps]] = new[rows:]
-        self._reset(self.final, only_non_finite=True)
+        if any(not bool(torch.isfinite(new).all()) for new in news if new.is_floating_point() or new.is_complex()):
+            self._reset(self.final, only_non_finite=True)
         self.prefixes.append(self.final // self.count)
         return ends, first < end
 
@@ -262,8 +270,6 @@ class _Solve:
 
     def _reset(self, final: int, *, only_non_finite: bool) -> bool:
         """Put the base values in place of (non-finite) guesses past ``final``; return whether any differed."""
-        if only_non_finite and not (self.flat.is_floating_point() or self.flat.is_complex()):
-            return False
         any_reset = False
         for k, positions in enumerate(self.block._written):
             here = positions[_row(final, k, self.count) :]

@@ -39,7 +39,10 @@ def fingerprint(module: fx.GraphModule) -> str:
 
     def describe(each: fx.GraphModule) -> None:
         for node in each.graph.nodes:
-            digest.update(f"{node.op} {node.target} {node.args} {node.kwargs} {node.meta.get('spec')}\n".encode())
+            target = node.target if isinstance(node.target, str) else torch.typename(node.target)
+            if isinstance(node.target, torch._ops.OpOverload):
+                target = str(node.target)
+            digest.update(f"{node.op} {target} {node.args} {node.kwargs} {node.meta.get('spec')}\n".encode())
             if node.op == "call_module":
                 child = each.get_submodule(str(node.target))
                 if isinstance(child, Loop):

@@ -83,6 +83,8 @@ class Specialisation:
     def __call__(self, tensors: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what ``original(*args, **kwargs)`` would, and leave behind what it would leave."""
         if self.module is None or self.capture is None:
+            if self.report.reason != self.plan.reason:
+                self.report = Report(False, self.plan.reason)
             return self.original(*args, **kwargs)
         state = RandomState.save() if self.guarded and self.capture.draws else None
         try:

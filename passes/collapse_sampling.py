@@ -127,7 +127,7 @@ def operand_values(module: fx.GraphModule, loop: Loop, node: fx.Node, *, paramet
     wanted = {argument for argument in node.args if isinstance(argument, fx.Node)}
     for binding in loop.bindings:
         if isinstance(binding, Table):
-            wanted -= {node.args[operand] for operand in binding.operands}  # type: ignore[misc]
+            wanted -= {node.args[operand] for operand in binding.operands}
     values: dict[fx.Node, Value] = {}
     names: dict[str, Value] = {}
     pending = list(wanted)

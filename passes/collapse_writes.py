@@ -69,8 +69,9 @@ def _write_of(node: fx.Node, base: fx.Node, bindings: dict[fx.Node, Binding], tr
         value = args[1]
         index = (*(None,) * (args[2] % len(spec.shape)), args[3])
     elif node.target is aten.slice_scatter.default:
-        value, dim, start, stop, step = (*args[1:], *(0, None, None, 1)[len(args) - 2 :])
-        index = (*(None,) * (dim % len(spec.shape)), (start, stop, step))
+        rest: list[Any] = [*args[1:], *(0, None, None, 1)[len(args) - 2 :]]
+        value = rest[0]
+        index = (*(None,) * (rest[1] % len(spec.shape)), tuple(rest[2:]))
     else:
         return None
     if node.kwargs or not isinstance(value, fx.Node) or value is base:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from fxjacobi.graph import is_random
+from fxjacobi.graph import TensorSpec, is_random
 from fxjacobi.loops import Loop
 from fxjacobi.ops import GUARDS
 from fxjacobi.passes.assemble import assemble, copy_node
@@ -17,6 +18,8 @@ from fxjacobi.tape import FREE, literal_key
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from fxjacobi.graph import Spec
 
 __all__ = ["Eliminate", "eliminate"]
 
@@ -29,26 +32,35 @@ class Eliminate(Pass):
     ``1.0`` and ``True`` differ, and so do ``0.0`` and ``-0.0``; NaN equals NaN). Must not fire on random draws, which
     advance the generator, on guards, or on two nodes whose memory the caller sees. Placeholders stay. What was computed
     more than once from placeholders and attributes alone, and the views of attributes that many use (a weight's
-    transpose, a mask), moves to the front, so that the first iteration of a loop is like the others.
+    transpose, a mask), moves to the front, so that the first iteration of a loop is like the others; and so that the
+    last one is, ``keep_iterations`` keeps dead code while the same place in the user's code has computed the same kind
+    of value alive elsewhere (:mod:`fxjacobi.passes.roll_loops` drops it).
     """
 
     name = "eliminate"
+    keep_iterations: bool = True
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Merge forwards, then keep what outputs, guards and draws need."""
-        result = eliminate(module)
+        result = eliminate(module, keep_iterations=self.keep_iterations)
         return PassResult(result, result is not module)
 
 
-def eliminate(module: fx.GraphModule) -> fx.GraphModule:
+def eliminate(module: fx.GraphModule, *, keep_iterations: bool = True) -> fx.GraphModule:
     """Return ``module`` without dead and repeated nodes (see :class:`Eliminate`); ``module`` itself if it has none."""
-    return _Eliminator().run(module)
+    return _Eliminator(keep_iterations=keep_iterations).run(module)
+
+
+def _kind(spec: Spec) -> Any:
+    """What of a spec iterations share."""
+    return spec.shape if isinstance(spec, TensorSpec) else type(spec)
 
 
 class _Eliminator:
     """Rewrites each submodule once, however often it is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_iterations: bool) -> None:
+        self.keep_iterations = keep_iterations
         self.submodules: dict[nn.Module, nn.Module] = {}
         self.effects: dict[nn.Module, bool] = {}
 
@@ -68,11 +80,7 @@ class _Eliminator:
             elif node.op in ("placeholder", "output") or is_random(node) or node.target in GUARDS:
                 effects.add(node)
         same = self.merge(module, nodes, effects)
-        live: set[fx.Node] = set()
-        for node in reversed(nodes):
-            if node not in same and (node in effects or node in live):
-                live.add(node)
-                live.update(same.get(argument, argument) for argument in node.all_input_nodes)
+        live = self.alive(nodes, same, effects)
         ordered = self.ordered(nodes, same)
         if not changed and len(live) == len(nodes) and ordered == nodes:
             return module
@@ -117,13 +125,37 @@ class _Eliminator:
                 same[node] = earlier
         return same
 
+    def alive(self, nodes: list[fx.Node], same: dict[fx.Node, fx.Node], effects: set[fx.Node]) -> set[fx.Node]:
+        """What outputs, guards and draws need, with its siblings in other iterations if those are kept."""
+        siblings: dict[Any, list[fx.Node]] = defaultdict(list)
+        place: dict[fx.Node, Any] = {}
+        if self.keep_iterations:
+            for node in nodes:
+                site = node.meta.get("site")
+                if node.op == "call_function" and site is not None and node not in same:
+                    takes = (
+                        argument.target if argument.op == "call_function" else None for argument in node.all_input_nodes
+                    )
+                    place[node] = key = (node.target, site.file, site.line, _kind(node.meta["spec"]), *takes)
+                    siblings[key].append(node)
+        live: set[fx.Node] = set()
+        waiting = list(effects)
+        while waiting:
+            node = waiting.pop()
+            if node not in live:
+                live.add(node)
+                waiting.extend(same.get(argument, argument) for argument in node.all_input_nodes)
+                if node in place:
+                    waiting.extend(siblings.pop(place[node], ()))
+        return live
+
     @staticmethod
     def ordered(nodes: list[fx.Node], same: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         """``nodes`` with those first that serve many and need nothing that is computed later."""
         repeated = set(same.values())
-        constants = {node for node in nodes if node.op == "get_attr"}
+        constants = dict.fromkeys(node for node in nodes if node.op == "get_attr")  # in order: plans are compared
         early: dict[fx.Node, None] = dict.fromkeys(n for n in nodes if n.op == "placeholder")
-        early.update(dict.fromkeys(constants))
+        early.update(constants)
         for node in nodes:
             if node in same or node.op != "call_function" or node.target in GUARDS or is_random(node):
                 continue
@@ -136,7 +168,7 @@ class _Eliminator:
             if moves:
                 early[node] = None
                 if all(argument in constants for argument in inputs):
-                    constants.add(node)
+                    constants[node] = None
         return [*early, *(node for node in nodes if node not in early)]
 
     def has_effects(self, module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from fxjacobi.layouts import dense, is_contiguous
 from fxjacobi.loops import Loop, Result, Stacked, Step
 from fxjacobi.passes.assemble import assemble, copy_node
 from fxjacobi.passes.base import Pass, PassResult
+from fxjacobi.passes.eliminate import eliminate
 from fxjacobi.passes.inline_calls import inline_calls
 from fxjacobi.passes.loop_body import LoopBody
 from fxjacobi.repeats import Repeat, classify, find_repeats, indices_of
@@ -60,7 +61,9 @@ class RollLoops(Pass):
         rolled = roll_loops(
             module, minimum_trips=self.minimum_trips, minimum_nodes=self.minimum_nodes, inline=self.inline
         )
-        return PassResult(rolled, rolled is not module)
+        if rolled is module:
+            return PassResult(module, False)
+        return PassResult(eliminate(rolled, keep_iterations=False), True)
 
 
 def roll_loops(
@@ -132,7 +135,8 @@ class _Roller:
     def find_uses(self) -> None:
         """Fill ``joins``, ``steps`` and ``stacked``."""
         tape = self.tape
-        inside = np.where(tape.literal | (tape.values < 0), -1, self.which[np.where(tape.literal, -1, tape.values)])
+        outside = tape.literal | (tape.values < 0)
+        inside = np.where(outside, -1, self.which[np.where(outside, 0, tape.values)])
         slots = np.flatnonzero((inside >= 0) & (inside != self.which[tape.owner]))
         owners = tape.owner[slots]
         joined: set[int] = set()

@@ -61,7 +61,7 @@ def _blame(
         return end
     node, element = start
     trail = _trail(structure, env, node, element, clock)
-    return _culprit(context, structure, env, trail, clock) or end
+    return _culprit(context, structure, env, trail) or end
 
 
 def _entrance(
@@ -180,7 +180,6 @@ def _culprit(
     structure: ArrayLoop,
     env: dict[fx.Node, Value],
     trail: list[tuple[fx.Node, int, fx.Node, int]],
-    clock: int,
 ) -> fx.Node | None:
     if not trail:
         return None
@@ -191,8 +190,8 @@ def _culprit(
     for node, element, used, inner in trail:
         segment.append(node)
         if previous is None:
-            previous = _place(structure, order, env, node, element)
-        place = _place(structure, order, env, used, inner)
+            previous = _place(order, env, node, element)
+        place = _place(order, env, used, inner)
         if place is None:
             continue
         if previous is not None and place > previous:
@@ -228,7 +227,10 @@ def _without(
     rank = found.rank.reshape(-1).clone()
     rank[inner] = NOTHING
     cut = Abstract(rank.reshape(found.shape), found.known, found.value, found.sources)
-    replaced = lambda one: cut if one is used else env[one]  # noqa: E731
+
+    def replaced(one: fx.Node) -> Any:
+        return cut if one is used else env[one]
+
     result = evaluate(Context(context.top), target, map_arg(target.args, replaced), map_arg(target.kwargs, replaced))
     if chosen is not None:
         assert isinstance(result, (tuple, list))
@@ -251,7 +253,6 @@ def _order(structure: ArrayLoop) -> tuple[tuple[int, ...], torch.Tensor]:
 
 
 def _place(
-    structure: ArrayLoop,
     order: tuple[tuple[int, ...], torch.Tensor],
     env: dict[fx.Node, Value],
     node: fx.Node,

@@ -4,6 +4,8 @@ A masked kernel (PixelCNN, arXiv 1606.05328, section 2.3) proves itself by its z
 (PixelCNN++, arXiv 1701.05517, section 2.3) by its padding and slices.
 """
 
+# ruff: noqa: ARG001 - rules share one signature
+
 from __future__ import annotations
 
 from itertools import product
@@ -29,7 +31,7 @@ def _channels(rank: torch.Tensor, alive: torch.Tensor | None, groups: int, size:
     if alive is None:
         if groups == 1 or rank.stride(1) == 0:
             return squash(rank).amax(1, keepdim=True)
-        grouped = rank.unflatten(1, (groups, -1)).amax(2)
+        grouped: torch.Tensor = rank.unflatten(1, (groups, -1)).amax(2)
         return grouped.repeat_interleave(size // groups, 1)
     parts = []
     for group, (part, taps) in enumerate(zip(rank.chunk(groups, 1), alive.chunk(groups, 0), strict=True)):
@@ -97,7 +99,9 @@ def convolution_rank(
     out_channels = shape[1]
     result = torch.full((1, 1, *shape[2:]), NOTHING, dtype=torch.int32)
     if transposed:
-        extent = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(rank.shape[2:], stride, dilation, kernel, strict=True)]
+        extent = [
+            (n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(rank.shape[2:], stride, dilation, kernel, strict=True)
+        ]
         extent = [max(e, p + o) for e, p, o in zip(extent, padding, shape[2:], strict=True)]
         result = torch.full((1, 1, *extent), NOTHING, dtype=torch.int32)
     else:
@@ -109,7 +113,9 @@ def convolution_rank(
     for tap in _taps(kernel):
         alive = None
         if dead is not None:
-            here = dead[(..., *tap)]
+            here = dead
+            for place in tap:
+                here = here.select(2, place)
             if bool(here.all()):
                 continue
             if bool(here.any()):
@@ -123,7 +129,9 @@ def convolution_rank(
                 slice(d * t, d * t + (n - 1) * s + 1, s)
                 for n, s, d, t in zip(rank.shape[2:], stride, dilation, tap, strict=True)
             )
-            result = result.expand(*torch.broadcast_shapes(result.shape[:2], mixed.shape[:2]), *result.shape[2:]).clone()
+            result = result.expand(
+                *torch.broadcast_shapes(result.shape[:2], mixed.shape[:2]), *result.shape[2:]
+            ).clone()
             result[(slice(None), slice(None), *window)] = torch.maximum(
                 result[(slice(None), slice(None), *window)], mixed
             )
@@ -173,7 +181,9 @@ def _convolution(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs:
 def _composite(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
-    given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
+    given = (
+        dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
+    )
     count = len(spec.shape) - 2
     if len(given["input"].shape) != len(given["weight"].shape):
         return context.give_up(node, args, kwargs)
@@ -186,7 +196,12 @@ def _composite(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: d
 
 
 def _windows(
-    rank: torch.Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], out: Sequence[int]
+    rank: torch.Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    out: Sequence[int],
 ) -> torch.Tensor:
     """Return the maximum over pooling windows along the last ``len(kernel)`` dimensions."""
     count = len(kernel)
@@ -197,7 +212,9 @@ def _windows(
             small = small.narrow(dim, 0, 1)
     # ceil_mode may read past the padding: pad on the right as far as the last window goes.
     sides: list[int] = []
-    for n, k, s, p, d, o in reversed(list(zip(rank.shape[lead:], kernel, stride, padding, dilation, out[-count:], strict=True))):
+    for n, k, s, p, d, o in reversed(
+        list(zip(rank.shape[lead:], kernel, stride, padding, dilation, out[-count:], strict=True))
+    ):
         reach = (o - 1) * s + d * (k - 1) + 1
         sides += [p, max(p, reach - n - p)]
     padded = torch.ops.aten.constant_pad_nd(small, sides, NOTHING)

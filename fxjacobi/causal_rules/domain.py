@@ -64,7 +64,7 @@ class Abstract:
         return found if bool(squash(found).any()) else None
 
 
-Value: TypeAlias = "Abstract | tuple[Value, ...] | list[Value] | int | float | bool | complex | str | None | object"
+Value: TypeAlias = "Abstract | tuple[Value, ...] | object"
 """A node's abstract value: a tensor's, several, or a Python value as it is."""
 
 
@@ -78,9 +78,7 @@ def squash(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def squash_broadcast(
-    function: object, left: torch.Tensor, right: torch.Tensor, shape: Sequence[int]
-) -> torch.Tensor:
+def squash_broadcast(function: object, left: torch.Tensor, right: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Apply a pointwise function of two squashed tensors and expand the outcome to ``shape``."""
     assert callable(function)
     result: torch.Tensor = function(left, right)

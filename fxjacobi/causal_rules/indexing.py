@@ -1,5 +1,7 @@
 """Indexing: known indices move ranks as they move elements; unknown ones may reach anything along their dimensions."""
 
+# ruff: noqa: ARG001 - rules share one signature
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -152,7 +154,9 @@ def _scatter(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dic
             return pair[0].clone().scatter(dim, known.to(pair[0].device), pair[1])
 
         # Indices that collide write in an order of the kernel's own.
-        counts = torch.zeros(shape, dtype=torch.int32).scatter_add(dim, known, torch.ones_like(known, dtype=torch.int32))
+        counts = torch.zeros(shape, dtype=torch.int32).scatter_add(
+            dim, known, torch.ones_like(known, dtype=torch.int32)
+        )
         if int(counts.max()) <= 1:
             return joined([base, source], put, _spec(node).dtype)
     region = tuple(slice(0, size if axis != dim else None) for axis, size in enumerate(index.shape))

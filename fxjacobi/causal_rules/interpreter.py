@@ -89,14 +89,14 @@ def interpret(
     else:
         assert not hasattr(values, "keys")
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        env = dict(zip(placeholders, values, strict=True))  # type: ignore[arg-type]
+        env = dict(zip(placeholders, values, strict=True))
     for node in module.graph.nodes:
         if node in env or node.op in ("placeholder", "output"):
             continue
         if not all(used in env for used in node.all_input_nodes):
             continue
-        args = map_arg(node.args, env.__getitem__)
-        kwargs = map_arg(node.kwargs, env.__getitem__)
+        lookup: Any = env.__getitem__
+        args, kwargs = map_arg(node.args, lookup), map_arg(node.kwargs, lookup)
         if node.op == "get_attr":
             if names is not None and node.target in names:
                 env[node] = names[node.target]

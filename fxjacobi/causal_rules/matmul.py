@@ -5,6 +5,8 @@
 so a masked weight proves itself (MADE, arXiv 1502.03509), as do masked attention weights.
 """
 
+# ruff: noqa: ARG001 - rules share one signature
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -87,9 +89,7 @@ def _matmul(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     return _product_of(context, node, args[0], args[1], _shape(node))
 
 
-def _product_of(
-    context: Context, node: fx.Node, left: Abstract, right: Abstract, shape: tuple[int, ...]
-) -> Abstract:
+def _product_of(context: Context, node: fx.Node, left: Abstract, right: Abstract, shape: tuple[int, ...]) -> Abstract:
     """Handle vectors as ``torch.matmul`` does."""
     if len(left.shape) == 1:
         grown = _product_of(context, node, _unsqueezed(left, 0), right, (*shape[:-1], 1, *shape[-1:]))

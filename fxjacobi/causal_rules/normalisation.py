@@ -1,5 +1,7 @@
 """Normalisations: layer, group and RMS norm mix what they average over; batch norm only while it trains."""
 
+# ruff: noqa: ARG001 - rules share one signature
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

@@ -5,6 +5,8 @@ other operand holds: so masks kill dependence. For floats that rests on the othe
 (``0 * inf`` is NaN), which the solver checks at run time on the nodes given to :meth:`Context.kill`.
 """
 
+# ruff: noqa: ARG001 - rules share one signature
+
 from __future__ import annotations
 
 import operator
@@ -134,7 +136,9 @@ def _where(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
     choice, yes, no = args
-    return select_by(context, choice, _as_abstract(yes, spec.dtype), _as_abstract(no, spec.dtype), spec.shape, spec.dtype)
+    return select_by(
+        context, choice, _as_abstract(yes, spec.dtype), _as_abstract(no, spec.dtype), spec.shape, spec.dtype
+    )
 
 
 @rule("masked_fill")

@@ -1,5 +1,7 @@
 """Reductions, scans and orderings: the maximum along the dimensions that are mixed."""
 
+# ruff: noqa: ARG001 - rules share one signature
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

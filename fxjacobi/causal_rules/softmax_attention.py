@@ -1,7 +1,8 @@
 """Softmax and attention: entries masked with -inf have weight exactly zero and carry no dependence.
 
-    softmax(s)[i, j] = 0                     where s[i, j] is known to be -inf and some other entry of row i is not
-    attention(Q, K, V)[i] depends on Q[i] and, for j not masked, on K[j], V[j]     (arXiv 1706.03762, section 3.2)
+``softmax(s)[i, j]`` is 0 where ``s[i, j]`` is known to be -inf and some other entry of row i is not;
+``attention(Q, K, V)[i]`` depends on ``Q[i]`` and, for j not masked, on ``K[j]`` and ``V[j]`` (arXiv 1706.03762,
+section 3.2).
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Operations that only move elements: the same operation, applied to the ranks."""
 
+# ruff: noqa: ARG001 - rules share one signature
+
 from __future__ import annotations
 
 import operator
@@ -22,7 +24,9 @@ __all__ = ["MOVES", "VIEWS", "moved"]
 
 aten = torch.ops.aten
 
-_SHAPE = overloads("view.default", "_unsafe_view", "reshape", "view_copy.default", "_reshape_alias", "flatten.using_ints")
+_SHAPE = overloads(
+    "view.default", "_unsafe_view", "reshape", "view_copy.default", "_reshape_alias", "flatten.using_ints"
+)
 _SINGLE = overloads(
     "expand", "expand_as", "permute", "transpose.int", "t", "squeeze", "unsqueeze", "slice.Tensor", "select.int", "narrow",
     "unfold", "diagonal", "movedim", "swapaxes", "mT", "unflatten.int", "broadcast_to", "permute_copy", "transpose_copy.int",
@@ -36,7 +40,9 @@ _SEVERAL = overloads(
 VIEWS: frozenset[object] = frozenset([*_SHAPE, *_SINGLE, *_SEVERAL, operator.getitem])
 """Operations whose result is a selection of the elements of their first argument, fixed by the other arguments."""
 
-_REORDERS = overloads("flip", "roll", "repeat", "repeat_interleave.self_int", "tile", "pixel_shuffle", "pixel_unshuffle")
+_REORDERS = overloads(
+    "flip", "roll", "repeat", "repeat_interleave.self_int", "tile", "pixel_shuffle", "pixel_unshuffle"
+)
 _REORDERS += overloads("rot90", "channel_shuffle", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")
 _REORDERS += overloads("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
 _REORDERS += overloads("replication_pad1d", "replication_pad2d", "replication_pad3d", "im2col")
@@ -104,8 +110,8 @@ def _move(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
         plain = tree_map(lambda item: item.rank if isinstance(item, Abstract) else item, args[1:])
         result: Value = moved(lambda tensor: node.target(tensor, *plain, **kwargs), args[0])  # type: ignore[operator]
         return result
-    result = moved(lambda tensor: node.target(tensor, *args[1:], **kwargs), args[0])  # type: ignore[operator]
-    return result
+    found: Value = moved(lambda tensor: node.target(tensor, *args[1:], **kwargs), args[0])  # type: ignore[operator]
+    return found
 
 
 @rule(*_REORDERS)

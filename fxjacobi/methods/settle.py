@@ -56,16 +56,13 @@ def units(difference_of: States, other: States, contract: Contract) -> torch.Ten
     for a, b in zip(difference_of, other, strict=True):
         flat_a, flat_b = _flat(a), _flat(b)
         if a.is_floating_point() or a.is_complex():
-            gap = (flat_a - flat_b).abs()
-            scale = contract.atol + contract.rtol * flat_a.abs().amax(1)
-            worst = gap.amax(1)
-            ratio = torch.where(worst == 0, torch.zeros_like(worst), worst / scale).double()
+            worst = torch.linalg.vector_norm(flat_a - flat_b, math.inf, 1)
+            size = torch.linalg.vector_norm(flat_a, math.inf, 1)
             if not bool(torch.isfinite(worst).all()):
-                gap = torch.where(equal_elements(flat_a, flat_b), torch.zeros_like(gap), gap)
-                finite = torch.where(torch.isfinite(flat_a), flat_a.abs(), torch.zeros_like(gap))
-                scale = contract.atol + contract.rtol * finite.amax(1)
-                worst = torch.where(torch.isnan(gap), torch.full_like(gap, math.inf), gap).amax(1)
-                ratio = torch.where(worst == 0, torch.zeros_like(worst), worst / scale).double()
+                gap = torch.where(equal_elements(flat_a, flat_b), 0.0, (flat_a - flat_b).abs())
+                worst = torch.where(torch.isnan(gap), math.inf, gap).amax(1)
+                size = torch.where(torch.isfinite(flat_a), flat_a.abs(), 0.0).amax(1)
+            ratio = torch.where(worst == 0, 0.0, worst / (contract.atol + contract.rtol * size)).double()
         else:
             ratio = torch.where((flat_a == flat_b).all(1), 0.0, math.inf).double()
         result = ratio if result is None else torch.maximum(result, ratio)
@@ -81,7 +78,7 @@ def floors(states: States, contract: Contract) -> torch.Tensor:
     result = torch.zeros(states[0].shape[0], dtype=torch.float64, device=states[0].device)
     for value in states:
         if value.is_floating_point() or value.is_complex():
-            size = _flat(value).abs().amax(1).double()
+            size = torch.linalg.vector_norm(_flat(value), math.inf, 1).double()
             size = torch.where(torch.isfinite(size), size, torch.zeros_like(size))
             tolerance = contract.atol + contract.rtol * size
             epsilon = torch.finfo(value.dtype).eps * size
@@ -146,7 +143,9 @@ def replace_non_finite(new: States, base: States, prefix: int) -> States:
     """Return ``new`` with the base values in each non-finite step after ``prefix``: a guess, never an answer."""
     states: list[torch.Tensor] = []
     for value, reset in zip(new, base, strict=True):
-        if value.is_floating_point() and not bool(torch.isfinite(value[prefix:]).all()):
+        # An expanded guess (all steps alike) is looked at once.
+        looked_at = value[:1] if value.stride(0) == 0 else value[prefix:]
+        if value.is_floating_point() and not bool(torch.isfinite(looked_at).all()):
             bad = ~torch.isfinite(value)
             bad[:prefix] = False
             value = torch.where(bad, reset, value)

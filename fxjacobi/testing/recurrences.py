@@ -59,7 +59,8 @@ def _weights(
     # Drawn in float64 and rounded to float32, so that a float32 recurrence and its float64 twin hold the same weights.
     uniform: torch.Tensor = torch.rand(shape, generator=generator, dtype=torch.float64)
     bound = float(shape[-1]) ** -0.5 * scale
-    return (uniform * (2 * bound) - bound).float().to(dtype)
+    weights: torch.Tensor = (uniform * (2 * bound) - bound).float()
+    return weights.to(dtype)
 
 
 def rnn(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, note
+from hypothesis import assume, given, note
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -62,7 +62,9 @@ class Drawn:
         return len(self.values) - 1
 
 
-def _layer(drawn: Drawn, shape: Sequence[int], constants: list[torch.Tensor]) -> tuple[str, Layer]:
+def _layer(  # noqa: C901 - one option after another
+    drawn: Drawn, shape: Sequence[int], constants: list[torch.Tensor]
+) -> tuple[str, Layer]:
     """Draw one layer for a tensor of ``shape``; it reads ``constants`` by number when it runs."""
     dims = len(shape)
     pick, add = drawn.pick, drawn.add
@@ -98,7 +100,9 @@ def _layer(drawn: Drawn, shape: Sequence[int], constants: list[torch.Tensor]) ->
 
     @option("masked softmax")
     def _() -> Layer:
-        m = add(drawn.mask(*shape))
+        mask = drawn.mask(*shape)
+        mask.select(dim, 0).fill_(1)  # a row of nothing but -inf is NaN, which voids any proof at run time
+        m = add(mask)
         how = pick("fill", "add")
         log = pick(True, False)
 
@@ -125,7 +129,7 @@ def _layer(drawn: Drawn, shape: Sequence[int], constants: list[torch.Tensor]) ->
 
     @option("attend", when=dims >= 2)
     def _() -> Layer:
-        m = add(drawn.mask(shape[-2], shape[-2]))
+        m = add(drawn.mask(shape[-2], shape[-2]).fill_diagonal_(1))
 
         def run(x: torch.Tensor) -> torch.Tensor:
             scores = (x @ x.transpose(-1, -2)).masked_fill(c(m) == 0, -torch.inf)
@@ -150,7 +154,9 @@ def _layer(drawn: Drawn, shape: Sequence[int], constants: list[torch.Tensor]) ->
                 mask = torch.zeros_like(c(m)).masked_fill(c(m) == 0, -torch.inf)
             elif kind == "bool":
                 mask = c(m) > 0
-            y = functional.scaled_dot_product_attention(x4, x4 * 0.5, x4 + 1, attn_mask=mask, is_causal=kind == "causal")
+            y = functional.scaled_dot_product_attention(
+                x4, x4 * 0.5, x4 + 1, attn_mask=mask, is_causal=kind == "causal"
+            )
             return y if x.dim() == 4 else y.squeeze(1)
 
         return run
@@ -202,7 +208,7 @@ def _layer(drawn: Drawn, shape: Sequence[int], constants: list[torch.Tensor]) ->
     @option("slice", when=size >= 2)
     def _() -> Layer:
         start, step = pick(0, 1), pick(1, 2)
-        return lambda x: x[(..., *[slice(None)] * 0)].movedim(dim, 0)[start::step].movedim(0, dim)
+        return lambda x: x.movedim(dim, 0)[start::step].movedim(0, dim)
 
     @option("reorder")
     def _() -> Layer:
@@ -238,8 +244,9 @@ def _layer(drawn: Drawn, shape: Sequence[int], constants: list[torch.Tensor]) ->
     @option("sort")
     def _() -> Layer:
         k = min(2, size)
-        f = pick(lambda x: x.sort(dim).values, lambda x: x.topk(k, dim).values, lambda x: x.argsort(dim).double())
-        return lambda x: f(x)
+        how = pick(lambda x: x.sort(dim).values, lambda x: x.topk(k, dim).values, lambda x: x.argsort(dim).double())
+        chosen: Layer = how
+        return chosen
 
     @option("layer norm")
     def _() -> Layer:
@@ -259,7 +266,9 @@ def _layer(drawn: Drawn, shape: Sequence[int], constants: list[torch.Tensor]) ->
 
     @option("index", when=size >= 2)
     def _() -> Layer:
-        index = add(torch.randint(0, size, (3,), generator=torch.Generator().manual_seed(drawn.draw(st.integers(0, 99)))))
+        index = add(
+            torch.randint(0, size, (3,), generator=torch.Generator().manual_seed(drawn.draw(st.integers(0, 99))))
+        )
         how = pick("index_select", "index", "gather", "put", "scatter")
 
         def run(x: torch.Tensor) -> torch.Tensor:
@@ -314,7 +323,7 @@ class Program:
 
 @st.composite
 def networks(draw: Any) -> Program:
-    shape = draw(st.sampled_from([(2, 6), (2, 4, 3), (1, 2, 6), (2, 2, 3, 3), (3, 4)]))
+    shape = draw(st.sampled_from([(2, 5), (2, 3, 2), (1, 2, 5), (1, 2, 3, 3), (3, 4)]))
     drawn = Drawn(draw)
     layers: list[Layer] = []
     constants: list[torch.Tensor] = drawn.values
@@ -349,7 +358,11 @@ def networks(draw: Any) -> Program:
     # The batch is written together, as samplers do, or every element by itself; some positions are never written.
     positions = torch.arange(start[0].numel() if draw(st.booleans()) else start.numel())
     order = torch.tensor(draw(st.permutations(range(len(positions)))))
-    rank = order.reshape(start.shape) if len(positions) == start.numel() else order.reshape(1, *start.shape[1:]).expand_as(start)
+    rank = (
+        order.reshape(start.shape)
+        if len(positions) == start.numel()
+        else order.reshape(1, *start.shape[1:]).expand_as(start)
+    )
     unwritten = draw(st.integers(0, 2))
     rank = torch.where(rank < len(positions) - unwritten, rank, -1).to(torch.int32)
     return Program(module, start, rank, values, drawn.known, drawn.names)
@@ -374,19 +387,32 @@ def everything(program: Program, x: torch.Tensor) -> dict[fx.Node, Any]:
     return interpreter.found
 
 
-def brute_force(program: Program) -> tuple[dict[fx.Node, Any], dict[fx.Node, torch.Tensor]]:
+def brute_force(program: Program, kills: set[fx.Node] | None) -> tuple[dict[fx.Node, Any], dict[fx.Node, torch.Tensor]]:
     """Return every node's value, and for each element the latest position that moves it."""
     base = everything(program, program.start)
+    if kills is not None:
+        assume(not _poisoned(base, kills))
     latest = {n: torch.full(v.shape, -1) for n, v in base.items() if isinstance(v, torch.Tensor)}
     for position in range(int(program.rank.max()) + 1):
         for amount in (0.7, -3.0):
             x = program.start + amount * (program.rank == position)
-            for n, value in everything(program, x).items():
+            found = everything(program, x)
+            if kills is not None:
+                assume(not _poisoned(found, kills))
+            for n, value in found.items():
                 if n in latest:
                     old = base[n]
-                    moved = (value != old) & ~(value.isnan() & old.isnan()) if value.is_floating_point() else value != old
+                    moved = (
+                        (value != old) & ~(value.isnan() & old.isnan()) if value.is_floating_point() else value != old
+                    )
                     latest[n] = torch.where(moved, position, latest[n])
     return base, latest
+
+
+def _poisoned(values: dict[fx.Node, Any], kills: set[fx.Node]) -> bool:
+    """Whether the premise fails that the solver checks at run time."""
+    results = [values[n][0] if isinstance(values[n], tuple) else values[n] for n in kills]
+    return any(bool(result.isnan().any()) for result in results)
 
 
 def analysed(program: Program) -> tuple[Context, dict[fx.Node, Value]]:
@@ -402,7 +428,7 @@ def analysed(program: Program) -> tuple[Context, dict[fx.Node, Value]]:
 def test_ranks_are_never_too_low_and_known_values_are_right(program: Program) -> None:
     note(f"{program.names}, known: {program.known}\n{program.module.graph}")
     context, env = analysed(program)
-    base, latest = brute_force(program)
+    base, latest = brute_force(program, context.kills)
     assert not context.unknown_ops, context.unknown_ops
     for node, moved in latest.items():
         if node.op == "output":
@@ -443,11 +469,12 @@ def test_an_unsound_rule_is_caught(planted: str, monkeypatch: pytest.MonkeyPatch
         if node.op != "output":
             stamp(node, spec_of_value(value))
     program = Program(module, start, torch.arange(6, dtype=torch.int32).expand(2, 6), [weight], [True], [])
-    _, latest = brute_force(program)
+    _, latest = brute_force(program, None)
 
     def sound() -> bool:
         _, env = analysed(program)
-        return all(bool((env[n].rank >= moved).all()) for n, moved in latest.items() if isinstance(env.get(n), Abstract))  # type: ignore[union-attr]
+        found = {n: value for n, value in env.items() if isinstance(value, Abstract) and n in latest}
+        return all(bool((value.rank >= latest[n]).all()) for n, value in found.items())
 
     assert sound()
     monkeypatch.setattr(interpreter, "evaluate", forget)

@@ -32,7 +32,14 @@ aten = torch.ops.aten
 def rolled(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
     """Record ``function(*args)`` and roll its loops, as the compiler does before it looks for sampling loops."""
     module = capture(function, args, {}).graph_module
-    passes = (Canonicalize(gradients=False), HoistRandom(), Eliminate(), RollLoops(), SplitComponents(), CollapseWrites())
+    passes = (
+        Canonicalize(gradients=False),
+        HoistRandom(),
+        Eliminate(),
+        RollLoops(),
+        SplitComponents(),
+        CollapseWrites(),
+    )
     for each in passes:
         module = each.run(module).module
     return module

@@ -80,7 +80,8 @@ class Shifted(nn.Module):
         above = self.down(functional.pad(x, (1, 1, 2, 0)))[:, :, :-1]
         left = self.right(functional.pad(x, (2, 0, 0, 0)))[:, :, :, :-1]
         mixed = functional.elu(above + left)
-        return self.out(functional.elu(self.up(mixed)[:, :, :-1]))
+        out: torch.Tensor = self.out(functional.elu(self.up(mixed)[:, :, :-1]))
+        return out
 
 
 class Attention(nn.Module):
@@ -88,7 +89,9 @@ class Attention(nn.Module):
 
     mask: torch.Tensor
 
-    def __init__(self, kind: str = "causal", vocabulary: int = 6, width: int = 8, length: int = 12, diagonal: int = 1) -> None:
+    def __init__(
+        self, kind: str = "causal", vocabulary: int = 6, width: int = 8, length: int = 12, diagonal: int = 1
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.kind, self.vocabulary, self.heads = kind, vocabulary, 2

@@ -149,3 +149,80 @@ def test_other_loops_are_refused() -> None:
     loop = make_loop(lambda x, h: (aten.add.Tensor(x, h),), 4, bindings, [Step(0, 3)], operands)
     with pytest.raises(PassError, match="fixed-point"):
         FixedPoint(loop)
+
+
+def inverse(trip_count: int, scale: float, triangular: bool, *results: Result) -> tuple[Loop, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    weight = scale * torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    start = torch.zeros(3, 5, dtype=torch.float64)
+    operands = [
+        start,
+        torch.randn(3, 5, generator=generator, dtype=torch.float64),
+        weight.triu(1) if triangular else weight,
+    ]
+
+    def body(x: Any, z: Any, w: Any) -> Any:
+        new = aten.add.Tensor(z, aten.tanh.default(aten.mm.default(x, w)))
+        return (new, aten.exp.default(new))
+
+    bindings = [Carried(0, 1, (0,)), Invariant(1), Invariant(2)]
+    return make_loop(body, trip_count, bindings, results, operands), operands
+
+
+@pytest.mark.parametrize("triangular", [True, False])
+@pytest.mark.parametrize("trip_count", [3, 7, 200])
+def test_gradients_are_those_of_the_full_run(trip_count: int, triangular: bool) -> None:
+    results = [Step(0, trip_count - 1), Step(1, trip_count - 1), Step(1, trip_count // 2), Step(0, 1)]
+    loop, operands = inverse(trip_count, 0.3, triangular, *results)
+    block = FixedPoint(loop)
+    gradients = []
+    for run in (block, loop):
+        leaves = [o.clone().requires_grad_() for o in operands]
+        values = run(*leaves)
+        loss = torch.stack([(v * (i + 1)).sin().sum() for i, v in enumerate(values)]).sum()
+        gradients.append(torch.autograd.grad(loss, leaves))
+    for found, wanted in zip(*gradients, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-14)
+    assert block.last is not None
+    if trip_count == 200:
+        assert block.last.certificate is Certificate.REPEATED
+        assert block.last.sweeps < 60
+
+
+def test_gradients_pass_gradcheck() -> None:
+    loop, operands = inverse(40, 0.3, True, Step(0, 39), Step(1, 39))
+    block = FixedPoint(loop)
+    leaves = [o.clone().requires_grad_() for o in operands]
+    assert torch.autograd.gradcheck(block, leaves)
+    assert block.last is not None
+    assert block.last.certificate is Certificate.REPEATED
+
+
+def test_an_adjoint_that_repeats_is_summed() -> None:
+    """``x <- max(x, z)`` keeps the adjoint of x as it is for as many steps as there are."""
+    operands = [torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)]
+
+    def body(x: Any, z: Any) -> Any:
+        return (aten.add.Tensor(x, aten.mul.Tensor(aten.sub.Tensor(z, z), x)),)
+
+    loop = make_loop(body, 50, [Carried(0, 1, (0,)), Invariant(1)], [Step(0, 49)], operands)
+    block = FixedPoint(loop)
+    gradients = []
+    for run in (block, loop):
+        leaves = [o.clone().requires_grad_() for o in operands]
+        gradients.append(torch.autograd.grad(run(*leaves)[0].sum(), leaves))
+    for found, wanted in zip(*gradients, strict=True):
+        assert torch.allclose(found, wanted)
+    assert block.last == Solution(1, Certificate.REPEATED)
+
+
+def test_a_wrong_adjoint_would_be_seen() -> None:
+    """The gradient of the repeat alone, without the equal steps before it, is not the gradient."""
+    loop, operands = inverse(200, 0.3, False, Step(0, 199))
+    leaves = [o.clone().requires_grad_() for o in operands]
+    (wanted,) = torch.autograd.grad(loop(*leaves)[0].sum(), leaves[1:2])
+    with torch.no_grad():
+        fixed = FixedPoint(loop)(*operands)[0]
+    once = [o.clone().requires_grad_() for o in operands]
+    (single,) = torch.autograd.grad(loop.body(fixed, once[1], once[2])[0].sum(), once[1:2])
+    assert not torch.allclose(single, wanted, rtol=1e-3)

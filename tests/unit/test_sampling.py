@@ -13,7 +13,7 @@ from fxjacobi.causal_rules.interpreter import operand_value
 from fxjacobi.causality import CausalityProof, prove
 from fxjacobi.certificate import Certificate
 from fxjacobi.errors import GuardFailed
-from fxjacobi.loops import Loop, Scanned, Stacked, Step, Table
+from fxjacobi.loops import Loop, Result, Scanned, Stacked, Step, Table
 from fxjacobi.sampling import JacobiWrites
 from tests.unit.sampling_loops import Sampling, call, recorded, sampling_loop, write
 from tests.unit.sampling_models import made, pixel_cnn
@@ -68,7 +68,7 @@ def test_equals_the_loop_bit_for_bit(window: int | None) -> None:
 
 
 def test_results_of_single_steps_and_stacks() -> None:
-    results = [Step(0, 11), Step(0, 4), Stacked(1), Step(2, 7), Stacked(0)]
+    results: list[Result] = [Step(0, 11), Step(0, 4), Stacked(1), Step(2, 7), Stacked(0)]
     for window in (None, 5):
         sampling = made_loop(results=results)
         _, found = solve(sampling, window=window)
@@ -259,7 +259,7 @@ def several_writes(*, ahead: bool = False) -> Sampling:
         return write(x1, second, (None, b)), second
 
     literals = [range(0, size, 2), range(1, size, 2)]
-    results = [Step(0, 3), Step(0, 1), Stacked(1)]
+    results: list[Result] = [Step(0, 3), Step(0, 1), Stacked(1)]
     return sampling_loop(body, torch.zeros(batch, size), literals, torch.randn(4, batch), tensors, results=results)
 
 
@@ -320,7 +320,7 @@ def test_tables_python_values_and_guards() -> None:
 
     # The same loop with a table of noise, and a branch on each value.
     graph = loop.body.graph
-    value = graph.output_node().args[0][1]  # type: ignore[index]
+    value: Any = graph.output_node().args[0][1]  # type: ignore[index]
     with graph.inserting_before(graph.output_node()):
         positive = graph.call_function(aten.gt.Scalar, (value, -1e9))
         every = graph.call_function(aten.all.default, (positive,))

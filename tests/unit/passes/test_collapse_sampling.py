@@ -183,7 +183,7 @@ def block_of(module: fx.GraphModule) -> JacobiWrites:
 
 ORDER = [3, 7, 0, 11, 5, 1, 9, 2, 10, 4, 8, 6]
 
-CAUSAL = {
+CAUSAL: dict[str, tuple[Any, ...]] = {
     "made": (logistic, made(SIZE, 32), 3, SIZE),
     "permuted": (gaussian, Permuted(made(SIZE, 32), ORDER), ORDER, 3),
     "masked_convolutions": (raster, pixel_cnn(), 2, 5),
@@ -206,7 +206,7 @@ CAUSAL = {
 @pytest.mark.parametrize("name", CAUSAL)
 def test_collapses_and_gives_the_same_sample(name: str) -> None:
     function, *args = CAUSAL[name]
-    module, equal = solved(function, *args)  # type: ignore[arg-type]
+    module, equal = solved(function, *args)
     block = block_of(module)
     assert equal
     assert block.last is not None
@@ -234,7 +234,7 @@ def leaking_made() -> nn.Module:
     return net
 
 
-NOT_CAUSAL = {
+NOT_CAUSAL: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "leaking_mask_entry": (logistic, (leaking_made(), 3, SIZE), "aten.addmm.default"),
     "kernel_centre": (raster, (pixel_cnn(first="centre"), 2, 5), "aten.convolution.default"),
     "look_ahead": (raster, (pixel_cnn(third="ahead"), 2, 5), "aten.convolution.default"),
@@ -258,7 +258,9 @@ def test_refuses_names_the_operation_and_still_samples(name: str) -> None:
     module, equal = solved(function, *args)
     assert equal
     assert not [child for child in module.children() if isinstance(child, JacobiWrites)]
-    reasons = [child.reason for child in module.children() if isinstance(child, Loop) and "not collapsed" in child.reason]
+    reasons = [
+        child.reason for child in module.children() if isinstance(child, Loop) and "not collapsed" in child.reason
+    ]
     assert len(reasons) == 1
     assert "element [" in reasons[0]
     assert operation in reasons[0]
@@ -285,7 +287,7 @@ def test_zeros_of_weights_are_read_where_masks_do_not_suffice() -> None:
     for broken in (False, True):
         if broken:
             with torch.no_grad():
-                net.weight[2, 7] = 1.0
+                net.weight[2, 7].fill_(1.0)
         torch.manual_seed(3)
         wanted = logistic(net, 3, SIZE)
         torch.manual_seed(3)
@@ -316,7 +318,7 @@ def test_training_the_weights_does_not_void_the_proof() -> None:
     assert all("mask" in name for name in block.proof.reads)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter += 0.1
+            parameter.add_(0.1)
         torch.manual_seed(3)
         wanted = logistic(net, 3, SIZE)
         torch.manual_seed(3)

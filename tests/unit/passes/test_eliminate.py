@@ -90,6 +90,19 @@ def test_what_many_steps_compute_of_inputs_alone_moves_to_the_front() -> None:
     assert run(build) == [aten.neg.default, aten.sin.default, aten.exp.default, *[aten.mul.Tensor] * 3]
 
 
+def test_the_last_iteration_keeps_what_the_others_need() -> None:
+    def states(x: torch.Tensor) -> torch.Tensor:
+        total = x
+        for _ in range(6):
+            total = total + x
+            x = torch.tanh(x)
+        return total
+
+    module = record(states, R(3))
+    assert targets(Eliminate().run(module).module).count(aten.tanh.default) == 6
+    assert targets(Eliminate(keep_iterations=False).run(module).module).count(aten.tanh.default) == 5
+
+
 def test_draws_and_guards_stay() -> None:
     def build(call: Any, x: Any) -> Any:
         call(aten.randn.default, [3])

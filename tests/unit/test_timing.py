@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from fxjacobi.timing import interleaved, once
+
+
+def test_once_returns_the_result_and_positive_seconds() -> None:
+    result, seconds = once(lambda: 7)
+    assert result == 7
+    assert seconds > 0
+
+
+def test_functions_take_turns_in_both_orders() -> None:
+    calls: list[str] = []
+    medians = interleaved([lambda: calls.append("a"), lambda: calls.append("b")], rounds=3, warmup=1)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert len(medians) == 2
+    assert all(median > 0 for median in medians)
+    assert gc.isenabled()
+
+
+def test_short_functions_are_called_many_times_in_a_sample() -> None:
+    calls: list[int] = []
+    interleaved([lambda: calls.append(1)], rounds=2, sample_s=0.01, warmup=0)
+    assert len(calls) > 20
+
+
+def test_garbage_collection_is_on_again_after_an_error() -> None:
+    count = [0]
+
+    def fails() -> None:
+        count[0] += 1
+        if count[0] > 1:
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        interleaved([fails], rounds=2)
+    assert gc.isenabled()
+
+
+def test_rounds_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="rounds"):
+        interleaved([lambda: None], rounds=0)
