@@ -14,6 +14,7 @@ from fxjacobi.errors import (
 )
 from fxjacobi.module import SolvedModule
 from fxjacobi.plan import Plan
+from fxjacobi.scan import scan
 from fxjacobi.verify import verify
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "SolvedModule",
     "compile",
     "explain",
+    "scan",
     "verify",
 ]
 

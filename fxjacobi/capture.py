@@ -159,7 +159,7 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     root, graph = nn.Module(), fx.Graph()
     arrays = _arrays(skeleton)
     gradients = torch.is_grad_enabled() and _requires_grad(tensors, watch)
-    recorder = Recorder(graph, _Attacher(root), watch.tensors, gradients)
+    recorder = Recorder(graph, _Attacher(root), watch.tensors, gradients, root)
     placeholders = []
     for position, tensor in enumerate(tensors):
         with graph.inserting_before(recorder.memory.front):

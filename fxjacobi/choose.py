@@ -6,6 +6,7 @@ Sequential is always a candidate; a method that had to fall back, or that is slo
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ _SHORTEST = 32
 """Steps under which no method was seen to gain on a recurrence."""
 
 
+class _AllChosenError(Exception):
+    """Ends the run that measures."""
+
+
 @dataclass
 class Chosen:
     """What was measured for one loop."""
@@ -104,9 +109,11 @@ def choose_methods(
             if isinstance(block, Loop) and block.kind is Kind.RECURRENCE and id(block) not in chosen:
                 share = max(0.0, deadline - time.perf_counter()) / (len(loops) - len(chosen))
                 chosen[id(block)] = _choose(block, args, options, share)
+                if len(chosen) == len(loops):
+                    raise _AllChosenError  # what comes after them need not be computed
             return super().call_module(target, args, kwargs)
 
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.suppress(_AllChosenError):
         _Measure(module).run(*operands)
 
     return _with_methods(module, chosen, options), chosen
@@ -139,9 +146,7 @@ def _choose(loop: Loop, operands: Sequence[Any], options: Options, seconds: floa
         return _forced(loop, operands, options, contract)
     if not _worth(loop):
         return Chosen(Sequential(), f"only {loop.trip_count} steps")
-    begun = time.perf_counter()
-    loop(*operands)
-    sequential = time.perf_counter() - begun
+    sequential = _sequential_s(loop, operands, seconds / 4)
     stated = Candidate("sequential", sequential, loop.trip_count, note="the ordinary order")
     if options.exact:
         reason = "each step needs the one before, and batched rounding would change bits"
@@ -152,6 +157,18 @@ def _choose(loop: Loop, operands: Sequence[Any], options: Options, seconds: floa
         return Chosen(method, "no lawful method was faster than the ordinary order", (stated, *measured))
     reason = f"{sequential / best:.1f} times faster than its {loop.trip_count} steps in order"
     return Chosen(method, reason, (stated, *measured))
+
+
+def _sequential_s(loop: Loop, operands: Sequence[Any], seconds: float) -> float:
+    """The time of all steps in order, from as many as fit into ``seconds`` (at least 16)."""
+    aligned = loop.align(operands)
+    outputs: list[Sequence[Any]] = []
+    begun = time.perf_counter()
+    for step in range(loop.trip_count):
+        outputs.append(loop.body(*loop.bind(aligned, step, outputs)))
+        if step >= 15 and time.perf_counter() - begun > seconds:
+            break
+    return (time.perf_counter() - begun) * loop.trip_count / len(outputs)
 
 
 def _fastest(

@@ -12,7 +12,7 @@ from operator import getitem as _getitem
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from fxjacobi import ops
 from fxjacobi.aliasing import Geometry, View, geometry_of, storage_key
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "current_recorder"]
 
 aten = torch.ops.aten
 
@@ -69,6 +69,13 @@ _REFUSED = {
 _FRESH_DTYPES = (torch.bool, torch.int64, torch.int32, torch.uint8)
 
 
+def current_recorder() -> Recorder | None:
+    """The recorder of the run that this code is part of, if it is the innermost dispatch mode and still recording."""
+    modes = _get_current_dispatch_mode_stack()
+    mode = modes[-1] if modes else None
+    return mode if isinstance(mode, Recorder) and mode.failure is None and not mode.paused else None
+
+
 class Recorder(TorchDispatchMode):
     """Records into ``graph``; see the module's docstring.
 
@@ -77,6 +84,7 @@ class Recorder(TorchDispatchMode):
         attach: Called with a tensor or object that the graph must hold, returns its attribute name.
         known: Storage key -> (qualified name, tensor) of tensors that were there before the run.
         gradients: Whether the run builds an autograd graph.
+        root: The module that holds what the graph calls.
     """
 
     def __init__(
@@ -85,9 +93,11 @@ class Recorder(TorchDispatchMode):
         attach: Callable[[Any, str], str],
         known: dict[int, tuple[str, torch.Tensor]],
         gradients: bool,
+        root: torch.nn.Module,
     ) -> None:
         super().__init__()
         self.gradients = gradients
+        self.root = root
         self.failure: CaptureError | None = None
         self.paused = False
         self.overhead_s = 0.0

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from fxjacobi.recorder import current_recorder
+from fxjacobi.scan_recording import ScanRecording
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -57,8 +60,14 @@ def scan(
     before, carried = pytree.tree_flatten(init)
     outputs: list[list[Any]] = []
     shape_of_outputs: pytree.TreeSpec | None = None
-    for t in reversed(range(steps)) if reverse else range(steps):
-        x = pytree.tree_unflatten([None if leaf is None else leaf[t] for leaf in leaves], structure)
+    recorder = current_recorder()
+    recording = None
+    if recorder is not None and all(isinstance(leaf, torch.Tensor) for leaf in before):
+        recording = ScanRecording(recorder, before, tensors, reverse=reverse)
+
+    def one(t: int, slices: list[Any]) -> None:
+        nonlocal carry, shape_of_outputs
+        x = pytree.tree_unflatten(slices, structure)
         result: Any = step(carry, x)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError("step must return a pair (carry, y)")
@@ -73,11 +82,45 @@ def scan(
             raise ValueError(f"step {t} changed the structure of y from {shape_of_outputs} to {shape}")
         shape_of_outputs = shape
         outputs.append(values)
-    assert shape_of_outputs is not None, "there is at least one step"
+
+    def all_but_first() -> None:
+        for t in order[1:]:
+            one(t, cut(t))
+
+    def cut(t: int) -> list[Any]:
+        return [None if leaf is None else leaf[t] for leaf in leaves]
+
+    order = range(steps - 1, -1, -1) if reverse else range(steps)
+    first = cut(order[0])
+    if recording is not None:
+        recording.begin([x for x in first if x is not None])
+    one(order[0], first)
+    values = None
+    if recording is not None:
+        values = recording.recorded(pytree.tree_leaves(carry), [v for v in outputs[0] if v is not None])
+    if recording is None or values is None or recorder is None:
+        all_but_first()
+        return carry, _stacked(outputs, shape_of_outputs, reverse)
+
+    def rest() -> Any:
+        nonlocal carry
+        all_but_first()
+        leaves_of_carry, shape = pytree.tree_flatten(carry)
+        carry = pytree.tree_unflatten([leaf.clone() for leaf in leaves_of_carry], shape)
+        return _stacked(outputs, shape_of_outputs, reverse)
+
+    ys = recording.run_unrecorded(rest)
+    stacked_leaves = [y for y in pytree.tree_leaves(ys) if y is not None]
+    recording.finish(steps, values, pytree.tree_leaves(carry), stacked_leaves, recorder.root)
+    return carry, ys
+
+
+def _stacked(outputs: list[list[Any]], shape: pytree.TreeSpec | None, reverse: bool) -> Any:
+    assert shape is not None, "there is at least one step"
     if reverse:
-        outputs.reverse()
-    stacked = [None if column[0] is None else torch.stack(column) for column in zip(*outputs, strict=True)]
-    return carry, pytree.tree_unflatten(stacked, shape_of_outputs)
+        outputs = outputs[::-1]
+    columns = [None if column[0] is None else torch.stack(column) for column in zip(*outputs, strict=True)]
+    return pytree.tree_unflatten(columns, shape)
 
 
 def _check_leaf(old: Any, new: Any, step: int) -> None:

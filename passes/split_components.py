@@ -235,8 +235,10 @@ def split_components(module: fx.GraphModule, stack_limit: int) -> tuple[fx.Graph
         loop = inner[target]
         reason = refusal(loop) if isinstance(loop, Loop) else ""
         if not isinstance(loop, Loop) or reason:
-            if reason:
+            if isinstance(loop, Loop) and reason != loop.reason:
                 logger.info("%s stays whole: %s", node.name, reason)
+                inner[target] = loop = loop.with_reason(reason)
+                modified = True
             if loop is not module.get_submodule(target):
                 into.added[target] = loop
             env[node] = into.graph.node_copy(node, env.__getitem__)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fxjacobi import ops
 from fxjacobi import sampling as module
@@ -163,6 +164,7 @@ def test_without_resetting_an_infinite_guess_would_spread(monkeypatch: pytest.Mo
     sampling = guess_overflows()
     monkeypatch.setattr(module._Solve, "_reset", lambda *_, **__: False)
     monkeypatch.setattr(module, "_any_nan", lambda flags: False)
+    monkeypatch.setattr(module._Solve, "holds", lambda self: True)
     _, found = solve(sampling)
     assert not same(found, sampling.ordinary())
 
@@ -217,8 +219,39 @@ def test_a_finite_guess_that_overflows_inside_the_network_is_noticed(monkeypatch
     assert block.last.certificate is not Certificate.NOT_FINITE
     # The flag is what notices it: without it, a NaN that a comparison swallows would be taken for an answer.
     monkeypatch.setattr(module, "_any_nan", lambda flags: False)
+    monkeypatch.setattr(module._Solve, "holds", lambda self: True)
     _, blind = solve(sampling)
     assert not same(blind, wanted)
+
+
+class Smeared(nn.Module):
+    """A network whose last bits change with all positions, as a Winograd convolution's may."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> tuple[Any, ...]:
+        *sources, flags = self.network(x, *others)
+        return (*(source * (1 + 1e-5 * x.sum()) for source in sources), flags)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_network_whose_bits_do_not_keep_to_the_proof_is_noticed(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = made_loop(size=24)
+    proof = prove(sampling.loop, sampling.known)
+    assert isinstance(proof, CausalityProof)
+    block = JacobiWrites(proof, window=window)
+    monkeypatch.setattr(block, "network", Smeared(block.network))
+    for _ in range(2):
+        with torch.no_grad():
+            found = block(*sampling.operands)
+        assert same(found, sampling.ordinary())
+        assert block.last is not None
+        assert block.last.certificate is Certificate.SEQUENTIAL
+    assert "bits change" in block.reason
 
 
 # -- forms of loops -------------------------------------------------------------------------------------------------

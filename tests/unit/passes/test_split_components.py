@@ -277,8 +277,25 @@ def test_random_bodies_stay_whole() -> None:
         lambda h: (aten.add.Tensor(h, aten.rand_like.default(h)),), 3, [Carried(0, 1, (0,))], [Step(0, 2)], [h0]
     )
     assert "random" in refusal(loop)
-    result = SplitComponents().run(graph_of(loop, [h0]))
-    assert not result.modified
+    (whole,) = block_loops(SplitComponents().run(graph_of(loop, [h0])).module)
+    assert whole.body is loop.body
+    assert "random" in whole.reason
+
+
+def test_shapes_that_depend_on_data_stay_whole() -> None:
+    operands = [torch.ones(3, 4)]
+
+    def body(x: Any) -> Any:
+        found = aten.nonzero.default(x)
+        node(ops.guard_shape, found, (4, 1))
+        return (found,)
+
+    loop = make_loop(body, 3, [Scanned(0, 0, range(3))], [Stacked(0)], operands)
+    module = split(loop, *operands)
+    (whole,) = block_loops(module)
+    assert "depends on data" in whole.reason
+    with pytest.raises(GuardFailed):
+        module(torch.zeros(3, 4))
 
 
 def test_blocks_are_in_topological_order_and_stamped() -> None:
