@@ -249,8 +249,10 @@ def split_components(module: fx.GraphModule, stack_limit: int) -> tuple[fx.Graph
         values = _Emitter(into, Drafts(distribution), [env[n] for n in node.args]).emit()
         for users, value in zip(live.values(), values, strict=True):
             env.update(dict.fromkeys(users, value))
+        body = [n for n in loop.body.graph.nodes if n.op != "output"]
+        whole = len(distribution.blocks) == 1 and distribution.live.issuperset(body) and len(live) == len(loop.results)
         hoists = any(n.op != "placeholder" for n in distribution.equations.invariant & distribution.live)
-        modified = modified or len(distribution.blocks) != 1 or hoists or len(live) != len(loop.results)
+        modified = modified or not whole or hoists
     return rebuilt(module, into.graph, into.added), modified
 
 

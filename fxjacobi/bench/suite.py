@@ -5,7 +5,18 @@ from __future__ import annotations
 from fxjacobi.bench.capture_cost import CaptureCost, CompileTime
 from fxjacobi.bench.flow_inverse import FlowInverse
 from fxjacobi.bench.overhead import Overhead
+from fxjacobi.bench.recurrences import Recurrences
+from fxjacobi.bench.sampling import MadeSampling, PixelCnnSampling, TransformerSampling
 
 __all__ = ["SUITE"]
 
-SUITE = (FlowInverse(), Overhead(), CaptureCost(), CompileTime())
+SUITE = (
+    FlowInverse(),
+    Overhead(),
+    MadeSampling(),
+    Recurrences(),
+    CaptureCost(),
+    TransformerSampling(),
+    PixelCnnSampling(),
+    CompileTime(),
+)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fxjacobi.demo.flow import FlowJob, invert_flow
 from fxjacobi.demo.job import DemoError
+from fxjacobi.demo.made import MadeJob, sample_made
 from fxjacobi.demo.picture import draw
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ def run(out: Path, *, quick: bool = False, console: Console | None = None) -> bo
         raise DemoError(f"{out}: there is no folder {out.resolve().parent}")
     if find_spec("matplotlib") is None:  # better said now than after the work
         raise DemoError("the demo's picture needs matplotlib: pip install 'fxjacobi[demo]'")
-    outcomes = [invert_flow(FlowJob.quick() if quick else FlowJob(), console)]
+    outcomes = [
+        invert_flow(FlowJob.quick() if quick else FlowJob(), console),
+        sample_made(MadeJob.quick() if quick else MadeJob(), console),
+    ]
     for outcome in outcomes:
         _print(outcome, console)
     draw(outcomes, out)
