@@ -23,7 +23,7 @@ from fxjacobi import ops
 from fxjacobi.array_paths import NotAnArrayLoop, numel, positions_of, selection, write_chain, written_part
 from fxjacobi.equations import is_effect
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
-from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Table
+from fxjacobi.loops import Carried, Literal, Loop, Scanned, Table
 from fxjacobi.passes.assemble import assemble
 from fxjacobi.passes.inline_calls import inline_calls
 
@@ -335,8 +335,3 @@ def _tail_users(
         if node not in accesses:
             pending.extend(used for used in node.all_input_nodes if used in per_step and used in needed)
     return reached
-
-
-def invariant_operands(structure: ArrayLoop) -> dict[fx.Node, int]:
-    """Return the operand of each placeholder that holds the same tensor at every step."""
-    return {node: b.operand for node, b in structure.bindings.items() if isinstance(b, Invariant)}

@@ -48,7 +48,7 @@ class _Prefix:
 
 
 def _tensor(node: object) -> TensorSpec | None:
-    spec = spec_of(node) if isinstance(node, fx.Node) else None
+    spec = spec_of(node) if isinstance(node, fx.Node) and node.op != "output" else None
     return spec if isinstance(spec, TensorSpec) else None
 
 
@@ -126,7 +126,7 @@ def _chains(module: fx.GraphModule) -> dict[fx.Node, tuple[_Prefix, _Prefix | No
             found[node] = (prefix, None)
         else:
             before = known.get((shape, prefix.items[:-1]))
-            if before is not None and before.value == prefix.value:
+            if before is not None and repr(before.value) == repr(prefix.value):
                 found[node] = (prefix, before)
                 continued.add(before.node)
             elif len(prefix.items) == 1:
@@ -152,7 +152,7 @@ def prefixes_to_writes(module: fx.GraphModule) -> fx.GraphModule:
         spec, site = spec_of(node), site_of(node)
         assert isinstance(spec, TensorSpec)
         if before is None:
-            options = {"dtype": spec.dtype, "device": spec.device}
+            options: dict[str, Any] = {"dtype": spec.dtype, "device": spec.device}
             blank = graph.call_function(aten.full.default, (list(spec.shape), prefix.value), options)
             current = stamp(blank, spec, site)
         else:

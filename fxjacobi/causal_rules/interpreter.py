@@ -9,10 +9,10 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
-from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, constant, unknown
+from fxjacobi.causal_rules.domain import Abstract, Value, constant, unknown
 from fxjacobi.causal_rules.pointwise import is_pointwise, pointwise
 from fxjacobi.causal_rules.registry import Context, find_rule, tensors_in
-from fxjacobi.graph import TensorSpec, is_random, spec_of
+from fxjacobi.graph import is_random
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
 from fxjacobi.ops import GUARDS
 
@@ -168,15 +168,3 @@ def _selected(value: Value, dim: int, index: int) -> Value:
     return Abstract(
         value.rank.select(dim, index), value.known.select(dim, index), value.value.select(dim, index), value.sources
     )
-
-
-def ranks_of(value: Value) -> int:
-    """Return the highest rank in a value."""
-    return max((tensor.highest for tensor in tensors_in(value)), default=NOTHING)
-
-
-def spec_shape(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape stamped on a node that holds one tensor."""
-    spec = spec_of(node)
-    assert isinstance(spec, TensorSpec)
-    return spec.shape

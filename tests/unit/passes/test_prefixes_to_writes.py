@@ -31,7 +31,8 @@ SIZE = 10
 
 def column(net: nn.Module, x: torch.Tensor, t: int) -> torch.Tensor:
     mean, scale = net(x).chunk(2, -1)
-    return mean[:, t] + scale[:, t].exp() * torch.randn(len(x))
+    value: torch.Tensor = mean[:, t] + scale[:, t].exp() * torch.randn(len(x))
+    return value
 
 
 def stacked(net: nn.Module) -> torch.Tensor:
