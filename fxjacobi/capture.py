@@ -115,7 +115,6 @@ class Capture:
     draws: bool
     undifferentiable: str | None
 
-
     def forget(self) -> Capture:
         """This capture without the recorded run's tensors, once they have been compared with."""
         return replace(
@@ -217,7 +216,7 @@ def _warm_up() -> None:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return func(*args, **(kwargs or {}))
 
-    with _Nothing():
+    with _Nothing():  # type: ignore[no-untyped-call] # torch's mode carries no annotations
         torch.zeros(())
 
 
@@ -455,5 +454,3 @@ class _Finish:
         graph.erase_node(node)
         self.values = [placeholder if v is node else v for v in self.values]
         return [StateInput(change.container, change.key, change.name, change.before)]
-
-

@@ -105,7 +105,9 @@ class _Compilation:
         if capture.undifferentiable:
             return _as_it_is(self.fn, capture, f"it runs the ordinary way under gradients: {capture.undifferentiable}")
         if any(isinstance(e, TensorEffect) and capture.results[e.value].requires_grad for e in capture.effects):
-            return _as_it_is(self.fn, capture, "it writes to its arguments or buffers in a way that gradients flow through")
+            return _as_it_is(
+                self.fn, capture, "it writes to its arguments or buffers in a way that gradients flow through"
+            )
         stages: dict[str, fx.GraphModule] = {"capture": capture.graph_module}
         module = capture.graph_module
         measured: dict[int, Chosen] = {}
@@ -283,7 +285,9 @@ class _Compilation:
         solved_times, ordinary_times = [first_s], [self.capture.ordinary_s]
         if self.capture.ordinary_s < self.options.budget_s:  # else the recorded run, less the recorder, has to do
             ordinary_times = [self._run_original()]
-            while len(solved_times) < 6 and (len(solved_times) < 2 or time.perf_counter() - begun < self.options.budget_s):
+            while len(solved_times) < 6 and (
+                len(solved_times) < 2 or time.perf_counter() - begun < self.options.budget_s
+            ):
                 solved_times.append(self._run_emitted(result.module)[1])
                 ratio = min(solved_times) / min(ordinary_times)
                 if not 1 / _CLEAR < ratio < _CLEAR:
@@ -331,5 +335,3 @@ def _guarded(module: fx.GraphModule) -> bool:
         assert isinstance(body, Loop)
         graphs.append(body.body.graph)
     return any(node.target in GUARDS for graph in graphs for node in graph.nodes)
-
-

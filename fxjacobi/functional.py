@@ -66,9 +66,7 @@ def _dim(dim: int, rank: int) -> int:
     return dim if dim >= 0 else dim + rank
 
 
-def basic_view_index(
-    steps: list[tuple[Any, tuple[Any, ...], tuple[int, ...]]], shape: tuple[int, ...]
-) -> Index | None:
+def basic_view_index(steps: list[tuple[Any, tuple[Any, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> Index | None:
     """Combine selects and slices into one index of the base, or return ``None`` if another view is among them.
 
     Args:

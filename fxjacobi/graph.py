@@ -28,7 +28,18 @@ from fxjacobi.ops import draw
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Site", "Spec", "TensorSpec", "check", "is_random", "make_module", "site_of", "spec_of", "spec_of_value", "stamp"]
+__all__ = [
+    "Site",
+    "Spec",
+    "TensorSpec",
+    "check",
+    "is_random",
+    "make_module",
+    "site_of",
+    "spec_of",
+    "spec_of_value",
+    "stamp",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +121,9 @@ def _drops_nothing(node: fx.Node) -> bool:
     assert isinstance(node.target, torch._ops.OpOverload)
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.name == "dropout_p":
-            given = node.args[position] if position < len(node.args) and not argument.kwarg_only else argument.default_value
+            given = (
+                node.args[position] if position < len(node.args) and not argument.kwarg_only else argument.default_value
+            )
             return bool(node.kwargs.get("dropout_p", given) == 0)
     return False
 

@@ -110,7 +110,7 @@ class Memory:
                 node = self.literal(tensor)
                 self.add_fresh(tensor, node)
                 return node
-            region = self._external(tensor, key)
+            region = self._external(key)
         geometry = self.key(region, tensor)
         view = region.views.get(geometry)
         if view is None:
@@ -143,16 +143,14 @@ class Memory:
         args = (list(geometry[1]), list(geometry[2]), geometry[3])
         return self.add_view(region, region.base, geometry, aten.as_strided.default, args)
 
-    def add_view(
-        self, region: Region, parent: Geometry, geometry: Geometry, op: Any, args: tuple[Any, ...]
-    ) -> fx.Node:
+    def add_view(self, region: Region, parent: Geometry, geometry: Geometry, op: Any, args: tuple[Any, ...]) -> fx.Node:
         """Record ``op`` as the way from ``parent`` to ``geometry``, and return the node."""
         source = self.regenerate(region, parent)
         node = self.emit(op, (source, *args), {}, self._spec_of(geometry, source))
         region.views[geometry] = View(node, region.version, parent, op, args)
         return node
 
-    def _external(self, tensor: torch.Tensor, key: int) -> Region:
+    def _external(self, key: int) -> Region:
         known = self._known.get(key)
         if known is None:
             raise self._refuse(
@@ -225,8 +223,7 @@ class Memory:
             return value
         outwards = list(reversed(chain))
         steps = [
-            (region.views[after].op, region.views[after].args, tuple(before[1]))
-            for before, after in pairwise(outwards)
+            (region.views[after].op, region.views[after].args, tuple(before[1])) for before, after in pairwise(outwards)
         ]
         base_node = self.regenerate(region, region.base)
         index = basic_view_index(steps, tuple(region.base[1]))

@@ -120,5 +120,3 @@ class SolvedModule(nn.Module):
     def extra_repr(self) -> str:
         """How many signatures were specialised."""
         return f"{len(self._specialisations)} signatures"
-
-

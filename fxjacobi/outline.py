@@ -107,9 +107,7 @@ class Outliner:
         modes = _python_dispatch._get_current_dispatch_mode_stack()
         return untouched and bool(modes) and modes[-1] is self._recorder and entry.watch.holds()
 
-    def _first(
-        self, key: Any, original: Any, module: nn.Module, args: Any, kwargs: Any, inputs: list[fx.Node]
-    ) -> Any:
+    def _first(self, key: Any, original: Any, module: nn.Module, args: Any, kwargs: Any, inputs: list[fx.Node]) -> Any:
         recorder = self._recorder
         self._entries[key] = None  # a recursive call is recorded in line
         start, writes = len(recorder.memory.nodes), len(recorder.memory.written)
@@ -123,9 +121,7 @@ class Outliner:
             recorder.overhead_s += time.perf_counter() - begun
         return result
 
-    def _clean(
-        self, module: nn.Module, result: Any, inputs: list[fx.Node], start: int, writes: int
-    ) -> _Entry | None:
+    def _clean(self, module: nn.Module, result: Any, inputs: list[fx.Node], start: int, writes: int) -> _Entry | None:
         """The entry of a recording from node ``start`` on, if it was clean."""
         recorder = self._recorder
         opaque: list[Any] = []
@@ -153,7 +149,11 @@ class Outliner:
                     attributes[source] = None
                 elif source not in given:
                     return None
-        if len(nodes) < 1 + len(outputs) or not set(outputs) <= inside or len(recorder.memory.nodes) != start + len(nodes):
+        if (
+            len(nodes) < 1 + len(outputs)
+            or not set(outputs) <= inside
+            or len(recorder.memory.nodes) != start + len(nodes)
+        ):
             return None
         watch = Watch()
         watch.add(module, "")
@@ -202,7 +202,7 @@ class Outliner:
         recorder = self._recorder
         modules: dict[str, fx.GraphModule] = {}
         for entry in sorted(self._named, key=lambda e: e.end - e.start):
-            nodes = [n for n in recorder.memory.nodes[entry.start : entry.end] if n is not None]
+            nodes = list(dict.fromkeys(recorder.memory.nodes[entry.start : entry.end]))
             module = _extract(entry, nodes, modules)
             modules[entry.name] = module
             root.add_module(entry.name, module)
@@ -223,7 +223,7 @@ class Outliner:
                         other.inputs = [item if o is output else o for o in other.inputs]
             for node in reversed(nodes):
                 recorder.memory.graph.erase_node(node)
-            padding: list[Any] = [None] * (entry.end - entry.start - 1 - len(items))
+            padding = [call] * (entry.end - entry.start - 1 - len(items))  # positions of enclosing recordings stay
             recorder.memory.nodes[entry.start : entry.end] = [call, *items, *padding]
 
 
@@ -243,5 +243,3 @@ def _extract(entry: _Entry, nodes: list[fx.Node], modules: dict[str, fx.GraphMod
             holder.add_module(str(node.target), modules[str(node.target)])
     graph.output(tuple(copies[o] for o in entry.outputs))
     return make_module(holder, graph)
-
-

@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
         gradients: bool,
         root: torch.nn.Module,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's mode carries no annotations
         self.gradients = gradients
         self.root = root
         self.failure: CaptureError | None = None
@@ -386,7 +386,9 @@ class Recorder(TorchDispatchMode):
         if spec.shape != tuple(target.shape):
             lead = target.dim() - len(spec.shape)
             if lead < 0:  # copy_ drops leading dimensions of size one
-                node = self.memory.emit(aten.reshape.default, (node, list(spec.shape[-lead:])), {}, spec_of_value(target))
+                node = self.memory.emit(
+                    aten.reshape.default, (node, list(spec.shape[-lead:])), {}, spec_of_value(target)
+                )
             stride = tuple(
                 0 if d < lead or spec.shape[d - lead] != size else spec.stride[d - lead]
                 for d, size in enumerate(target.shape)

@@ -129,9 +129,13 @@ class SavedPlan:
         return self.decisions[graph]
 
 
+def _fields(method: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(method)
+
+
 def describe_method(method: Method) -> dict[str, Any]:
     """A method as JSON: its name and its options."""
     from fxjacobi.choose import METHOD_OF_NAME
 
     name = next(name for name, kind in METHOD_OF_NAME.items() if type(method) is kind)
-    return {"name": name, "options": dataclasses.asdict(method)}
+    return {"name": name, "options": {f.name: getattr(method, f.name) for f in _fields(method)}}

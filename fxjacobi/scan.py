@@ -44,18 +44,7 @@ def scan(
     """
     leaves, structure = pytree.tree_flatten(xs)
     tensors = [leaf for leaf in leaves if leaf is not None]
-    for leaf in tensors:
-        if not isinstance(leaf, torch.Tensor):
-            raise TypeError(f"xs holds {type(leaf).__name__}; its leaves must be tensors")
-        if leaf.dim() == 0:
-            raise ValueError("a leaf of xs has no dimension to scan along")
-    lengths = {leaf.shape[0] for leaf in tensors} | ({length} if length is not None else set())
-    if len(lengths) != 1:
-        raise ValueError(f"scan needs one length; xs and length give {sorted(lengths) or 'none'}")
-    (steps,) = lengths
-    if steps < 1:
-        raise ValueError("scan needs at least one step: without one, the shapes of ys are unknown")
-
+    steps = _length(tensors, length)
     carry = init
     before, carried = pytree.tree_flatten(init)
     outputs: list[list[Any]] = []
@@ -115,10 +104,25 @@ def scan(
     return carry, ys
 
 
+def _length(tensors: list[Any], length: int | None) -> int:
+    for leaf in tensors:
+        if not isinstance(leaf, torch.Tensor):
+            raise TypeError(f"xs holds {type(leaf).__name__}; its leaves must be tensors")
+        if leaf.dim() == 0:
+            raise ValueError("a leaf of xs has no dimension to scan along")
+    lengths = {leaf.shape[0] for leaf in tensors} | ({length} if length is not None else set())
+    if len(lengths) != 1:
+        raise ValueError(f"scan needs one length; xs and length give {sorted(lengths) or 'none'}")
+    (steps,) = lengths
+    if steps < 1:
+        raise ValueError("scan needs at least one step: without one, the shapes of ys are unknown")
+    return int(steps)
+
+
 def _stacked(outputs: list[list[Any]], shape: pytree.TreeSpec | None, reverse: bool) -> Any:
     assert shape is not None, "there is at least one step"
     if reverse:
-        outputs = outputs[::-1]
+        outputs.reverse()
     columns = [None if column[0] is None else torch.stack(column) for column in zip(*outputs, strict=True)]
     return pytree.tree_unflatten(columns, shape)
 

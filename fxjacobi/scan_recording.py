@@ -15,7 +15,6 @@ import torch
 from torch import fx, nn
 from torch.utils import _python_dispatch
 
-from fxjacobi.aliasing import storage_key
 from fxjacobi.graph import Spec, TensorSpec, is_random, make_module, spec_of_value
 from fxjacobi.loops import Binding, Carried, Invariant, Loop, Result, Scanned, Stacked, Step
 from fxjacobi.ops import GUARDS

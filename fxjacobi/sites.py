@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["SiteFinder"]
 
 _OWN = Path(__file__).resolve().parent
-_INTERNAL = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).resolve().parent, _OWN, _OWN.parent / "passes"))
+_INTERNAL = tuple(
+    f"{folder}{os.sep}" for folder in (Path(torch.__file__).resolve().parent, _OWN, _OWN.parent / "passes")
+)
 
 
 class SiteFinder:

@@ -145,7 +145,8 @@ def sample_made(job: MadeJob, console: Console) -> Outcome:
 
             def sweep(x: torch.Tensor) -> torch.Tensor:
                 mean, logscale = model(x).chunk(2, -1)
-                return mean + logscale.exp() * noise
+                swept: torch.Tensor = mean + logscale.exp() * noise
+                return swept
 
             final_at = final_sweeps(sweep, torch.zeros(job.samples, features), features)
             tick()

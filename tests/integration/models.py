@@ -254,7 +254,7 @@ def _maker(cell: type[nn.Module], layers: int, outside: bool, write: bool) -> Ca
 
 
 def _cell(cell: type[nn.Module]) -> Callable[[int, int], nn.Module]:
-    return lambda a, b: cell(a, b)
+    return cell
 
 
 def _sequence() -> tuple[Any, ...]:

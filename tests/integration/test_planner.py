@@ -30,7 +30,9 @@ def _rnn(cell: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
-@pytest.mark.parametrize("method", ["jacobi", "windowed", "chunked", "newton", "quasi_newton", "damped", "picard", "anderson"])  # noqa: E501
+@pytest.mark.parametrize(
+    "method", ["jacobi", "windowed", "chunked", "newton", "quasi_newton", "damped", "picard", "anderson"]
+)
 def test_every_method_solves_every_cell_within_tolerance(kind: type[nn.Module], method: str) -> None:
     torch.manual_seed(0)
     cell = kind(3, 4)

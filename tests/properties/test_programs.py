@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from functools import partial
 
 import networkx as nx
 import pytest
@@ -46,7 +47,7 @@ def check_program(program: Program) -> None:
             assert_equivalent(
                 compiled,
                 model,
-                lambda seed=seed: program.make_args(seed),
+                partial(program.make_args, seed),
                 seed=seed,
                 gradients=1e-3 if program.grad and not low_precision else None,
             )

@@ -307,4 +307,6 @@ def test_gradients_pass_detach_once() -> None:
         b.data.copy_(a.data)
         captured.graph_module(a)[0].sum().backward()
         stopped(b).sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
     assert torch.equal(a.grad, b.grad)

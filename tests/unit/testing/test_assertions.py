@@ -131,7 +131,7 @@ def no_memory(model: Counting, x: torch.Tensor) -> torch.Tensor:
 
 
 def other_parameters(model: Counting, x: torch.Tensor) -> torch.Tensor:
-    y = model(x)
+    y: torch.Tensor = model(x)
     with torch.no_grad():
         model.linear.bias[0] += 1
     return y
