@@ -100,7 +100,8 @@ class _Bidirectional(nn.Module):
     def forward(self, xs: torch.Tensor) -> torch.Tensor:
         steps = xs.shape[0]
         f = b = torch.zeros(xs.shape[1], 4)
-        forward, backward = [], []
+        forward: list[torch.Tensor] = []
+        backward: list[torch.Tensor] = []
         for t in range(steps):
             f = self.forth(xs[t], f)
             b = self.back(xs[steps - 1 - t], b)
