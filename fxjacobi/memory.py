@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from fxjacobi.errors import CaptureError
 
-__all__ = ["Memory", "tensor_spec"]
+__all__ = ["Memory", "own_memory_spec", "tensor_spec"]
 
 aten = torch.ops.aten
 
@@ -32,6 +32,14 @@ aten = torch.ops.aten
 def tensor_spec(tensor: torch.Tensor) -> TensorSpec:
     """The spec of one tensor."""
     return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device, tuple(tensor.stride()))
+
+
+def own_memory_spec(like: torch.Tensor) -> TensorSpec:
+    """The spec of a new tensor with ``like``'s elements: dense, its dimensions in the order of ``like``'s strides."""
+    if like.is_contiguous():
+        return tensor_spec(like)
+    stride = torch.empty_like(like, device="meta").stride()
+    return TensorSpec(tuple(like.shape), like.dtype, like.device, tuple(stride))
 
 
 class Memory:

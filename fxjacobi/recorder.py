@@ -19,7 +19,7 @@ from fxjacobi.aliasing import Geometry, View, geometry_of, storage_key
 from fxjacobi.errors import CaptureError
 from fxjacobi.functional import functional_counterpart, mutation_of
 from fxjacobi.graph import TensorSpec, spec_of_value
-from fxjacobi.memory import Memory, tensor_spec
+from fxjacobi.memory import Memory, own_memory_spec, tensor_spec
 from fxjacobi.sites import SiteFinder
 
 if TYPE_CHECKING:
@@ -341,7 +341,7 @@ class Recorder(TorchDispatchMode):
             value = self._as(nodes[1], target)
             region = self.memory.regions[storage_key(target)]
             if self.memory.key(region, target) == region.base:  # else the write into the base copies
-                value = self.memory.emit(aten.clone.default, (value,), {}, tensor_spec(target))
+                value = self.memory.emit(aten.clone.default, (value,), {}, own_memory_spec(target))
         elif func in (aten.fill_.Scalar, aten.zero_.default):
             fill = nodes[1] if len(nodes) > 1 else 0
             value = self.memory.emit(
@@ -370,7 +370,7 @@ class Recorder(TorchDispatchMode):
                     self.memory.assign(each, self.memory.emit(_getitem, (call, position), {}, spec_of_value(each)))
                 return
             dtype = _dtype_out_of_place(functional, args, target)
-            spec = tensor_spec(target)
+            spec = own_memory_spec(target)
             value = self.memory.emit(functional, nodes, rest, TensorSpec(spec.shape, dtype, spec.device, spec.stride))
             if dtype != target.dtype:
                 value = self.memory.emit(aten._to_copy.default, (value,), {"dtype": target.dtype}, spec)

@@ -7,6 +7,7 @@ are read live, only rebinding one (``model.weight = other``) invalidates a speci
 
 from __future__ import annotations
 
+import dis
 import functools
 import re
 import types
@@ -164,7 +165,7 @@ class Watch:
         while codes:
             each = codes.pop()
             codes += [c for c in each.co_consts if isinstance(c, types.CodeType)]
-            fields = {n: namespace[n] for n in each.co_names if n in namespace}
+            fields = {n: namespace[n] for n in _globals_read(each) if n in namespace}
             fields = {
                 n: v for n, v in fields.items()
                 if not isinstance(v, (types.ModuleType, type, types.BuiltinFunctionType)) and not n.startswith("__")
@@ -252,6 +253,13 @@ class Watch:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+@functools.cache
+def _globals_read(code: types.CodeType) -> tuple[str, ...]:
+    """Names that ``code`` loads from its globals (``co_names`` holds those of attributes too)."""
+    loads = ("LOAD_GLOBAL", "LOAD_NAME")
+    return tuple({i.argval: None for i in dis.get_instructions(code) if i.opname in loads})
 
 
 class _Missing:

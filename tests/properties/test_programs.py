@@ -31,7 +31,7 @@ def check_plan(plan: Plan) -> None:
 
 
 # What fxjacobi may refuse to record; the original then runs, after one warning. Anything else must be captured.
-REFUSALS = ("lazily conjugated",)
+REFUSALS = ("lazily conjugated", "was rebound to memory that was there before the run")
 
 
 @given(programs())
@@ -54,9 +54,13 @@ def check_program(program: Program) -> None:
             note(str(compiled.plan))
             check_plan(compiled.plan)
             OUTCOMES["solved" if compiled.report.solved else "original"] += 1
+    OUTCOMES["programs"] += 1
     for warning in caught:
-        refused = issubclass(warning.category, fxjacobi.CaptureWarning)
-        assert refused, warning.message
+        if issubclass(warning.category, fxjacobi.ExactnessWarning):
+            OUTCOMES["demoted"] += 1  # noticed, said and mended: the results above were equal
+            event("demoted")
+            continue
+        assert issubclass(warning.category, fxjacobi.CaptureWarning), warning.message
         assert any(known in str(warning.message) for known in REFUSALS), warning.message
     event("solved" if compiled.plan.solved else compiled.plan.reason.split(":")[0])
 
@@ -68,6 +72,8 @@ def test_compiled_programs_equal_the_ordinary_run() -> None:
     OUTCOMES.clear()
     check_program()
     assert OUTCOMES["solved"] > OUTCOMES["original"] / 3, f"too few calls ran an emitted module: {OUTCOMES}"
+    # The check of the first result is the last net; a compiler that leans on it has rounded differently too often.
+    assert OUTCOMES["demoted"] <= 0.05 * OUTCOMES["programs"], f"too many programs were demoted: {OUTCOMES}"
 
 
 def block(name: str, *nodes: str) -> BlockPlan:

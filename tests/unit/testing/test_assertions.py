@@ -109,7 +109,7 @@ def test_a_model_is_equivalent_to_itself_and_its_state_is_put_back_between_the_r
 
 def no_draw(model: Counting, x: torch.Tensor) -> torch.Tensor:
     state = torch.get_rng_state()
-    y = model(x)
+    y: torch.Tensor = model(x)
     torch.set_rng_state(state)
     return y
 
@@ -119,13 +119,13 @@ def no_write(model: Counting, x: torch.Tensor) -> torch.Tensor:
 
 
 def no_count(model: Counting, x: torch.Tensor) -> torch.Tensor:
-    y = model(x)
+    y: torch.Tensor = model(x)
     model.count -= 1
     return y
 
 
 def no_memory(model: Counting, x: torch.Tensor) -> torch.Tensor:
-    y = model(x)
+    y: torch.Tensor = model(x)
     model.last = None
     return y
 
@@ -146,7 +146,7 @@ def raises(model: Counting, x: torch.Tensor) -> torch.Tensor:
 
 
 def shares(model: Counting, x: torch.Tensor) -> torch.Tensor:
-    y = model(x)
+    y: torch.Tensor = model(x)
     return x.copy_(y)
 
 
