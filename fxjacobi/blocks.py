@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from fxjacobi.loops import Loop
+from fxjacobi.loops import Kind, Loop
 from fxjacobi.plan import BlockPlan, Candidate
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def plan_of_block(name: str, module: nn.Module, node: fx.Node, candidates: tuple
     reason = module.reason if isinstance(module, Block) else getattr(module, "reason", "")
     return BlockPlan(
         name=name,
-        kind=loop.kind,
+        kind=Kind.WRITES if method_of(module).startswith("jacobi") and hasattr(module, "proof") else loop.kind,
         method=method_of(module),
         equations=loop.trip_count,
         operations=len(operations),

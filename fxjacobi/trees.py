@@ -64,30 +64,38 @@ PRIMITIVES = (
 
 def split(value: Any, *, opaque: Callable[[Any], None] | None = None) -> tuple[Skeleton, list[torch.Tensor]]:
     """Return ``value``'s skeleton and its tensors; ``opaque`` is called with each leaf that is no primitive."""
-    tensors: list[torch.Tensor] = []
-    seen: dict[int, int] = {}
+    splitter = _Splitter(opaque)
+    return splitter.walk(value), splitter.tensors
 
-    def walk(item: Any) -> Skeleton:
+
+class _Splitter:
+    """The state of one :func:`split`. A closure that calls itself would keep the tensors alive until a collection."""
+
+    def __init__(self, opaque: Callable[[Any], None] | None) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._seen: dict[int, int] = {}
+        self._opaque = opaque
+
+    def walk(self, item: Any) -> Skeleton:
+        """Return the skeleton of ``item``, and append its tensors."""
         if isinstance(item, torch.Tensor):
-            if id(item) not in seen:
-                seen[id(item)] = len(tensors)
-                tensors.append(item)
-            return Tensor(seen[id(item)])
+            if id(item) not in self._seen:
+                self._seen[id(item)] = len(self.tensors)
+                self.tensors.append(item)
+            return Tensor(self._seen[id(item)])
         kind = type(item)
         if isinstance(item, PRIMITIVES):
             return Constant(item)
         if kind in (tuple, list) or (isinstance(item, tuple) and hasattr(item, "_fields")):
-            return Node(kind, (), tuple(walk(child) for child in item))
+            return Node(kind, (), tuple([self.walk(child) for child in item]))
         if kind in (dict, OrderedDict, defaultdict):
-            return Node(kind, tuple(item), tuple(walk(child) for child in item.values()))
+            return Node(kind, tuple(item), tuple([self.walk(child) for child in item.values()]))
         if dataclasses.is_dataclass(item) and not isinstance(item, type):
             names = tuple(field.name for field in dataclasses.fields(item) if hasattr(item, field.name))
-            return Node(kind, names, tuple(walk(getattr(item, name)) for name in names))
-        if opaque is not None:
-            opaque(item)
+            return Node(kind, names, tuple([self.walk(getattr(item, name)) for name in names]))
+        if self._opaque is not None:
+            self._opaque(item)
         return Constant(item)
-
-    return walk(value), tensors
 
 
 def join(skeleton: Skeleton, tensors: Sequence[Any]) -> Any:

@@ -11,6 +11,7 @@ from fxjacobi.passes.collapse_writes import CollapseWrites
 from fxjacobi.passes.eliminate import Eliminate
 from fxjacobi.passes.emit_solvers import EmitSolvers
 from fxjacobi.passes.hoist_random import HoistRandom
+from fxjacobi.passes.prefixes_to_writes import PrefixesToWrites
 from fxjacobi.passes.roll_loops import RollLoops
 from fxjacobi.passes.split_components import SplitComponents
 from fxjacobi.passes.stop_early import StopEarly
@@ -32,10 +33,11 @@ def pipeline(options: Options, *, gradients: bool) -> tuple[Pass, ...]:
         Canonicalize(gradients=gradients, exact=options.exact),
         HoistRandom(),
         Eliminate(),
+        PrefixesToWrites(),
         RollLoops(),
         SplitComponents(),
         CollapseWrites(),
-        CollapseSampling(),
+        CollapseSampling(exact=options.exact),
         StopEarly(),
         BatchEquations(exact=options.exact),
         EmitSolvers(),
