@@ -61,7 +61,7 @@ def specialise(
     after = RandomState.save()
     try:
         specialisation = _Compilation(fn, args, kwargs, recorded.capture, options, state, tensors).run()
-    except PlanError:
+    except (PlanError, ExactnessWarning):  # the latter where warnings are errors
         raise
     except Exception as error:  # the user's run is done and right; a fault of the compiler must not take it away
         if options.strict:
@@ -128,7 +128,7 @@ class _Compilation:
         rows = {key: choice.candidates for key, choice in measured.items()}
         blocks, edges = plan_of_graph(module, rows)
         gains = tuple(choice.would_gain for choice in measured.values() if choice.would_gain)
-        plan = Plan(blocks, edges, True, "", self._contract(), would_gain=gains)
+        plan = Plan(blocks, edges, True, "kept without measuring", self._contract(), would_gain=gains)
         methods = tuple(choice.method for choice in measured.values())
         result = Specialisation(
             self.fn, capture, module, plan, stages, guarded=_guarded(module), graph_hash=graph_hash, methods=methods

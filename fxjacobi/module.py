@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch._C import _functorch
 from torch.utils import _python_dispatch
@@ -30,6 +31,19 @@ __all__ = ["SolvedModule"]
 _MAX_SPECIALISATIONS = 8  # of one signature: a model whose Python values change at every call is run as it is
 
 
+_MAX_PLAIN = 64  # signatures of calls that run the original by the short way
+
+
+def _shapes(args: tuple[Any, ...]) -> Hashable | None:
+    """Shapes, dtypes and what else the choice of a specialisation depended on, if all arguments are tensors."""
+    key: list[Any] = [torch.is_grad_enabled()]
+    for argument in args:
+        if type(argument) is not torch.Tensor:
+            return None
+        key += (argument.shape, argument.dtype, argument.requires_grad)
+    return tuple(key)
+
+
 class SolvedModule(nn.Module):
     """Behaves as the callable it was made from, sooner; see :func:`fxjacobi.compile`.
 
@@ -45,6 +59,7 @@ class SolvedModule(nn.Module):
         self._original = model
         self._options = options
         self._specialisations: dict[Hashable, list[Specialisation]] = {}
+        self._plain: dict[Hashable, Specialisation] = {}
         self._last: Specialisation | None = None
         self._lock = threading.RLock()
         if isinstance(model, nn.Module):
@@ -52,10 +67,19 @@ class SolvedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the original returns, and leave behind what it leaves."""
+        # Where nothing is gained, the original is always right: a key of shapes alone finds those calls.
+        plain = _shapes(args) if not kwargs and self._plain else None
+        if plain is not None:
+            short = self._plain.get(plain)
+            if short is not None:
+                self._last = short
+                return self._original(*args)
         key, tensors = signature(args, kwargs)
         for specialisation in self._specialisations.get(key, ()):
             if specialisation.valid():
                 self._last = specialisation
+                if specialisation.module is None and not kwargs:
+                    self._remember(args, specialisation)
                 return specialisation(tensors, args, kwargs)
         if len(_python_dispatch._get_current_dispatch_mode_stack()) or _functorch.peek_interpreter_stack() is not None:
             return self._original(*args, **kwargs)  # inside another tracer or transform: let it see the original
@@ -67,6 +91,13 @@ class SolvedModule(nn.Module):
             known.append(specialisation)
             self._last = specialisation
         return result
+
+    def _remember(self, args: tuple[Any, ...], specialisation: Specialisation) -> None:
+        """Take the short way for calls like this one, for which the original runs."""
+        shapes = _shapes(args)
+        if shapes is not None and len(self._plain) < _MAX_PLAIN:
+            specialisation.report = Report(False, specialisation.plan.reason)
+            self._plain[shapes] = specialisation
 
     @property
     def plan(self) -> Plan:

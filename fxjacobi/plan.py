@@ -6,7 +6,7 @@ import html
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import networkx as nx
 from rich.console import Console
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from fxjacobi.loops import Kind
 
 __all__ = ["BlockPlan", "Candidate", "Plan"]
+
+
+def _short(site: str) -> str:
+    """The last two parts of a site's path: enough to find it, and no wider on one machine than on another."""
+    return "/".join(Path(site).parts[-2:]) if site else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,8 @@ class Plan:
     def __str__(self) -> str:
         table = Table(title=None, show_edge=False, pad_edge=False, box=None)
         for column in ("block", "kind", "method", "equations", "ops", "where", "why"):
-            table.add_column(column, justify="right" if column in ("equations", "ops") else "left", overflow="fold")
+            justify: Literal["left", "right"] = "right" if column in ("equations", "ops") else "left"
+            table.add_column(column, justify=justify, overflow="fold", no_wrap=column == "where")
         for block in self.blocks:
             table.add_row(
                 block.name,
@@ -105,7 +111,7 @@ class Plan:
                 block.method,
                 str(block.equations),
                 str(block.operations),
-                block.site,
+                _short(block.site),
                 "; ".join(part for part in (block.reason, block.proof) if part),
             )
         buffer = io.StringIO()
