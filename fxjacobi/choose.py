@@ -219,8 +219,8 @@ def _time(
 
 def _would_gain(loop: Loop, operands: Sequence[Any], sequential: float, seconds: float) -> str:
     """What the likeliest method gains at a tolerance of 1e-5, if the loop is long enough to ask."""
-    if not _has_float_state(loop) or sequential > seconds or seconds <= 0:
-        return ""
+    if not _has_float_state(loop) or 8 * sequential > seconds:
+        return ""  # asking would cost the user more than the answer is worth
     contract = Contract(_OTHER_CONTRACT, 0.0)
     system = System(loop, tuple(operands))
     likely = next(iter(candidates(loop, False, system=system, contract=contract)), None)

@@ -28,8 +28,12 @@ class Pass(ABC):
     name: ClassVar[str]
 
     def requires(self, module: fx.GraphModule) -> None:
-        """Raise :class:`fxjacobi.errors.PassError` if ``module`` is not what this pass takes."""
-        check(module, after=f"(before {self.name})")
+        """Raise :class:`fxjacobi.errors.PassError` if ``module`` is not what this pass takes.
+
+        By default any well-formed graph will do; what a pass has just ensured is not checked twice.
+        """
+        if not module.meta.get("well_formed"):
+            check(module, after=f"(before {self.name})")
 
     @abstractmethod
     def apply(self, module: fx.GraphModule) -> PassResult:
@@ -38,6 +42,7 @@ class Pass(ABC):
     def ensures(self, module: fx.GraphModule) -> None:
         """Raise :class:`fxjacobi.errors.PassError` if the rewritten graph breaks what this pass promises."""
         check(module, after=self.name)
+        module.meta["well_formed"] = True
 
     def run(self, module: fx.GraphModule) -> PassResult:
         """Check, rewrite, check."""
