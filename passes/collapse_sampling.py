@@ -35,6 +35,7 @@ from fxjacobi.graph import Spec, TensorSpec, spec_of
 from fxjacobi.loops import Invariant, Loop, Scanned, Table
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.replace_blocks import replace_blocks
+from fxjacobi.passes.unroll_inner import unroll_inner
 from fxjacobi.sampling import JacobiWrites
 
 __all__ = ["CollapseSampling"]
@@ -65,6 +66,7 @@ class CollapseSampling(Pass):
     def _collapse(self, module: fx.GraphModule, loop: Loop, node: fx.Node) -> nn.Module:
         if not any(inner.target in _WRITES for inner in loop.body.graph.nodes):
             return loop
+        rolled, loop = loop, unroll_inner(loop)
         top_level = node.graph is module.graph
         outcome: CausalityProof | Refusal = prove(loop)
         for parameters in (False, True):
@@ -73,7 +75,7 @@ class CollapseSampling(Pass):
             outcome = prove(loop, operand_values(module, loop, node, parameters=parameters))
         if isinstance(outcome, Refusal):
             _log.debug("%s stays a loop: %s", node, outcome)
-            return _with_reason(loop, outcome)
+            return _with_reason(rolled, outcome)
         watched = {name: attrgetter(name)(module) for name in outcome.reads}
         return JacobiWrites(
             outcome,
