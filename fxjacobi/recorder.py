@@ -58,6 +58,7 @@ _DRAWS = {
     aten.random_.default, aten.random_.to, getattr(aten.random_, "from"),
     aten.geometric_.default, aten.cauchy_.default, aten.log_normal_.default,
 }  # fmt: skip
+_LIFTS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 _REFUSED = {
     "set_": "a tensor's storage is replaced",
     "resize_": "a tensor is resized in place",
@@ -156,6 +157,8 @@ class Recorder(TorchDispatchMode):
             raise self.refuse(f"{_REFUSED[name]} ({func})", "use an out-of-place operation")
         if self.gradients and torch.is_grad_enabled() != self._grad_mode and self.undifferentiable is None:
             self.undifferentiable = f"gradients are switched inside the run at {self.memory.site}"
+        if func in _LIFTS:
+            return args, kwargs  # a tensor that Python values were just made into: nothing to look up
         mutation = mutation_of(func)
         if torch.Tag.inplace_view in func.tags:
             self.memory.lookup(args[0])
@@ -248,7 +251,7 @@ class Recorder(TorchDispatchMode):
             return
         if region is not None:
             raise self.refuse(f"{func} returned memory of a tensor that is not its first argument")
-        if func is aten.lift_fresh.default or func is aten.lift_fresh_copy.default:
+        if func in _LIFTS:
             self.memory.add_fresh(result, self.memory.literal(result))
             return
         filled = _FILLED.get(func)

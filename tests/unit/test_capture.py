@@ -91,6 +91,16 @@ def test_graph_computes_what_the_function_computes(fn: Callable[..., Any]) -> No
     _replay(fn, torch.rand(3, 4))
 
 
+def test_tensors_made_of_python_values_are_literals() -> None:
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) + torch.tensor(0.5)
+        return x
+
+    captured = _replay(turn, torch.rand(3, 2))
+    assert [n.op for n in captured.graph_module.graph.nodes].count("get_attr") == 2  # equal literals are one
+
+
 def test_written_columns_are_one_write_each() -> None:
     def columns(x: torch.Tensor) -> torch.Tensor:
         out = torch.empty(2, 3, 4)
