@@ -154,7 +154,10 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     _warm_up()
     watch = Watch()
     watch.add(fn, "")
-    skeleton, tensors = split((args, kwargs), opaque=lambda item: watch.add(item, "argument"))
+    objects: list[Any] = []
+    skeleton, tensors = split((args, kwargs), opaque=objects.append)
+    for item in objects:
+        watch.add(item, "argument")
     root, graph = nn.Module(), fx.Graph()
     arrays = _arrays(skeleton)
     gradients = torch.is_grad_enabled() and _requires_grad(tensors, watch)
@@ -168,6 +171,8 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
             stamp(placeholders[-1], spec_of_value(tensor))
         else:
             recorder.memory.add_input(tensor, placeholders[-1])
+    if any(hasattr(item, "__next__") for item in objects):
+        recorder.failure = CaptureError("an argument is an iterator, which a call uses up", remedy="pass a list")
     if arrays:
         recorder.failure = CaptureError("an argument is a NumPy array", remedy="pass it as a tensor")
     outliner = Outliner(recorder)
@@ -304,9 +309,10 @@ class _Finish:
         opaque: list[Any] = []
         outputs, tensors = split(result, opaque=opaque.append)
         for item in opaque:
-            if self._hides_tensor(item):
+            if not self.watch.knows(item):  # the graph would return the recorded run's object again
                 raise CaptureError(
-                    f"the result holds a {type(item).__name__} with tensors in it", remedy="return its tensors"
+                    f"the result holds a {type(item).__name__} that the run made",
+                    remedy="return tensors, in containers",
                 )
         self._share_memory(tensors)
         sources = tuple(self._source(tensor) for tensor in tensors)
@@ -355,12 +361,6 @@ class _Finish:
         """Globals read by code that only the run showed: their present values are what the graph holds."""
         for code, namespace in self.recorder.sites.namespaces.items():
             self.watch.add_code(code, namespace)
-
-    @staticmethod
-    def _hides_tensor(item: Any) -> bool:
-        probe = Watch()
-        probe.add(item, "")
-        return bool(probe.tensors)
 
     def _share_memory(self, tensors: list[torch.Tensor]) -> None:
         """Let results that share new memory be views of one base, as the caller may write to one of them."""

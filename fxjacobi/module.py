@@ -31,6 +31,7 @@ __all__ = ["SolvedModule"]
 _MAX_SPECIALISATIONS = 8  # of one signature: a model whose Python values change at every call is run as it is
 
 
+_MAX_SIGNATURES = 256  # that are compiled; calls of further ones run the original
 _MAX_PLAIN = 64  # signatures of calls that run the original by the short way
 
 
@@ -83,6 +84,8 @@ class SolvedModule(nn.Module):
                 return specialisation(tensors, args, kwargs)
         if len(_python_dispatch._get_current_dispatch_mode_stack()) or _functorch.peek_interpreter_stack() is not None:
             return self._original(*args, **kwargs)  # inside another tracer or transform: let it see the original
+        if len(self._specialisations) >= _MAX_SIGNATURES and key not in self._specialisations:
+            return self._original(*args, **kwargs)  # arguments that are new objects at every call
         with self._lock:
             result, specialisation = specialise(self._original, args, kwargs, self._options)
             known = self._specialisations.setdefault(key, [])

@@ -247,6 +247,10 @@ class Watch:
             self._entries.append((container, key, after, True))
             self._names.append(str(key))
 
+    def knows(self, value: Any) -> bool:
+        """Whether ``value`` itself was reached: it was there before the run."""
+        return self._seen.get(id(value)) is value
+
     def count(self, value: Any) -> int:
         """In how many watched places ``value`` itself stands."""
         return sum(expected is value for _, _, expected, _ in self._entries)

@@ -211,6 +211,36 @@ def test_refused_captures_warn_once_and_run() -> None:
         fxjacobi.compile(through_numpy, strict=True)(x)
 
 
+def test_generators_and_iterators_run_as_they_are() -> None:
+    def steps(x: torch.Tensor) -> Any:
+        for _ in range(5):
+            x = x / 2
+            yield x
+
+    def total(rows: Any) -> torch.Tensor:
+        return sum((row * 2 for row in rows), start=torch.zeros(3))
+
+    x = torch.rand(3)
+    compiled, added = fxjacobi.compile(steps), fxjacobi.compile(total)
+
+    def compare() -> None:
+        for _ in range(3):
+            assert equal(torch.stack(list(compiled(x))), torch.stack(list(steps(x))))
+            assert equal(added(iter([x, x])), total([x, x]))
+
+    with pytest.warns(fxjacobi.CaptureWarning, match=r"generator|iterator"):
+        compare()
+
+
+def test_objects_that_are_new_at_every_call_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxjacobi.module._MAX_SIGNATURES", 3)
+    compiled = fxjacobi.compile(lambda f, x: f(x))
+    for scale in range(6):
+        x = torch.rand(3)
+        assert equal(compiled(lambda y, scale=scale: y * scale, x), x * scale)
+    assert len(compiled._specialisations) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "error", "name"),
     [
