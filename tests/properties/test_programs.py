@@ -73,7 +73,7 @@ def test_compiled_programs_equal_the_ordinary_run() -> None:
     check_program()
     assert OUTCOMES["solved"] > OUTCOMES["original"] / 3, f"too few calls ran an emitted module: {OUTCOMES}"
     # The check of the first result is the last net; a compiler that leans on it has rounded differently too often.
-    assert OUTCOMES["demoted"] <= 0.05 * OUTCOMES["programs"], f"too many programs were demoted: {OUTCOMES}"
+    assert OUTCOMES["demoted"] <= max(1, 0.01 * OUTCOMES["programs"]), f"too many programs were demoted: {OUTCOMES}"
 
 
 def block(name: str, *nodes: str) -> BlockPlan:
