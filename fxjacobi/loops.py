@@ -198,8 +198,16 @@ class Loop(nn.Module):
         """Run the loop in order and return its results."""
         operands = self.align(operands)
         outputs: list[Sequence[Any]] = []
+        stacked = {result.output for result in self.results if isinstance(result, Stacked)}
+        named = {result.step for result in self.results if isinstance(result, Step)}
+        depth = max((b.distance for b in self.bindings if isinstance(b, Carried)), default=1)
         for step in range(self.trip_count):
             outputs.append(self.body(*self.bind(operands, step, outputs)))
+            old = step - depth
+            if (
+                old >= 0 and old not in named
+            ):  # nobody reads it again: a long loop over a large array would hold T of them
+                outputs[old] = [value if k in stacked else None for k, value in enumerate(outputs[old])]
         return self.collect(outputs)
 
     def with_reason(self, reason: str) -> Loop:

@@ -42,7 +42,9 @@ class Eliminate(Pass):
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Merge forwards, then keep what outputs, guards and draws need."""
-        result = eliminate(module, keep_iterations=self.keep_iterations)
+        result, before = eliminate(module, keep_iterations=self.keep_iterations), module
+        while result is not before:  # what moved to the front may have made its users repeated: seldom a third time
+            result, before = eliminate(result, keep_iterations=self.keep_iterations), result
         return PassResult(result, result is not module)
 
 

@@ -37,9 +37,7 @@ def fixed_point(xs: torch.Tensor) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize(
-    ("fn", "kind"), [(recurrence, "recurrence"), (heads, "map"), (fixed_point, "fixed_point")], ids=str
-)
+@pytest.mark.parametrize(("fn", "kind"), [(recurrence, "recurrence"), (heads, "map"), (fixed_point, "fixed_point")])
 def test_gradcheck(fn: Callable[[torch.Tensor], torch.Tensor], kind: str) -> None:
     compiled = fxjacobi.compile(fn, measure=False)
     xs = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
