@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["Eliminate", "eliminate"]
 
 
+_ROUNDS = 8  # two are nearly always enough; a bound, whatever the order of nodes does
+
+
 @dataclass(frozen=True)
 class Eliminate(Pass):
     """Eliminate common subexpressions and dead code, in loop bodies and recorded submodules too.
@@ -42,9 +45,11 @@ class Eliminate(Pass):
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Merge forwards, then keep what outputs, guards and draws need."""
-        result, before = eliminate(module, keep_iterations=self.keep_iterations), module
-        while result is not before:  # what moved to the front may have made its users repeated: seldom a third time
-            result, before = eliminate(result, keep_iterations=self.keep_iterations), result
+        result = module
+        for _ in range(_ROUNDS):  # what moved to the front may have made its users repeated
+            before, result = result, eliminate(result, keep_iterations=self.keep_iterations)
+            if result is before:
+                break
         return PassResult(result, result is not module)
 
 
