@@ -47,7 +47,6 @@ _FILLED: dict[Any, tuple[int | None, Any]] = {
     aten.empty_like.default: (None, 0),
     aten.new_empty.default: (None, 0),
 }
-_STRIDED_EMPTY = (aten.empty_strided.default, aten.new_empty_strided.default)
 _SPLITS = (
     aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsafe_split.Tensor,
     aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default, aten.chunk.default,
@@ -67,7 +66,6 @@ _REFUSED = {
     "resize_as_": "a tensor is resized in place",
     "copy_from": "a copy between devices below the dispatcher",
 }
-_FRESH_DTYPES = (torch.bool, torch.int64, torch.int32, torch.uint8)
 
 
 def current_recorder() -> Recorder | None:

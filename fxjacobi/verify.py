@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxjacobi import bits
 from fxjacobi.errors import ExactnessError
 from fxjacobi.trees import split
 
@@ -15,50 +16,20 @@ if TYPE_CHECKING:
 
     from fxjacobi.report import Report
 
-__all__ = ["Difference", "Verification", "equal", "first_difference", "verify"]
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """The first element in which two results differ."""
-
-    output: int
-    index: tuple[int, ...]
-    found: Any
-    wanted: Any
-    count: int
-
-    def __str__(self) -> str:
-        return f"output {self.output} at {self.index}: found {self.found!r}, ordinary run {self.wanted!r} ({self.count} differ)"
+__all__ = ["Verification", "equal", "first_difference", "verify"]
 
 
 def equal(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Whether dtype, shape and device agree and every element is equal (IEEE ``==``; NaN matches NaN)."""
-    if found.dtype != wanted.dtype or found.shape != wanted.shape or found.device != wanted.device:
-        return False
-    if torch.equal(found, wanted):
-        return True
-    if not (wanted.is_floating_point() or wanted.is_complex()):
-        return False
-    return not bool(_unequal(found, wanted).any())
+    return bits.first_difference(found, wanted) is None
 
 
-def _unequal(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    if wanted.is_complex():
-        return _unequal(torch.view_as_real(found), torch.view_as_real(wanted)).any(-1)
-    return (found != wanted) & ~(found.isnan() & wanted.isnan())
-
-
-def first_difference(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> Difference | None:
-    """Return the first differing element of two lists of tensors, or ``None``."""
+def first_difference(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> str | None:
+    """Say which of two lists' tensors differ first, where, and by how many ULPs; ``None`` where all are equal."""
     for position, (a, b) in enumerate(zip(found, wanted, strict=True)):
-        if equal(a, b):
-            continue
-        if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
-            return Difference(position, (), f"{a.dtype}{tuple(a.shape)}", f"{b.dtype}{tuple(b.shape)}", b.numel())
-        unequal = _unequal(a, b) if b.is_floating_point() or b.is_complex() else a != b
-        index = tuple(int(i) for i in unequal.nonzero()[0])
-        return Difference(position, index, a[index].item(), b[index].item(), int(unequal.sum()))
+        difference = bits.first_difference(a, b)
+        if difference is not None:
+            return f"output {position}: {difference}"
     return None
 
 
