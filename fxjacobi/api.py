@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fxjacobi.errors import PlanError
 from fxjacobi.module import SolvedModule
 from fxjacobi.options import Options
 from fxjacobi.saved_plan import SavedPlan
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from fxjacobi.methods.guess import Guess
     from fxjacobi.plan import Plan
 
 __all__ = ["compile", "explain"]
@@ -28,6 +30,8 @@ def compile(  # noqa: A001 - the name that torch's users expect
     budget_s: float = 2.0,
     memory_limit: int | None = None,
     plan: str | Path | None = None,
+    warm_start: bool = False,
+    guess: Guess | None = None,
 ) -> SolvedModule:
     """Return a module that computes what ``model`` computes, solving its sequential parts in parallel.
 
@@ -49,16 +53,25 @@ def compile(  # noqa: A001 - the name that torch's users expect
         budget_s: Seconds that measuring may take for one signature.
         memory_limit: Bytes that a batched sweep may allocate.
         plan: A file written by ``compiled.save_plan(path)``: its decisions are followed instead of measuring anew.
+        warm_start: Start each block's sweeps from the solution of the call before (streams, training steps). It holds one
+            trajectory a block, and changes how many sweeps are needed, never the contract that the answer keeps.
+        guess: Where sweeps start otherwise (:mod:`fxjacobi.methods.guess`): the values before the loop by default.
 
     Raises:
         TypeError: ``model`` is not callable, or an option has the wrong type.
         ValueError: An option's value is out of range.
-        PlanError: ``plan`` was measured on another device or torch build; at the first call, for another graph.
+        PlanError: ``plan`` was measured on another device or torch build; at the first call, for another graph or contract.
     """
     saved = SavedPlan.load(plan) if plan is not None else None
-    options = Options(rtol, atol, method, strict, measure, budget_s, memory_limit, saved)
+    if saved is not None:
+        warm_start, guess = warm_start or saved.warm_start, saved.start(guess)
+    options = Options(rtol, atol, method, strict, measure, budget_s, memory_limit, saved, warm_start, guess)
     if not callable(model):
         raise TypeError(f"model must be callable, not {type(model).__name__}")
+    if saved is not None and (saved.rtol, saved.atol) != (rtol, atol):
+        raise PlanError(
+            f"{plan} was measured with rtol={saved.rtol:g}, atol={saved.atol:g}, not with {rtol:g}, {atol:g}"
+        )
     if isinstance(model, SolvedModule):
         model = model._original
     return SolvedModule(model, options)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -71,6 +71,21 @@ class Layout:
     run: Callable[..., Sequence[Any]]
     lifted: tuple[bool, ...]
     device: torch.device
+    body: fx.GraphModule | None = None
+    loops: dict[Any, Loop] = field(default_factory=dict)
+
+    def graph(self, arguments: Sequence[Any]) -> fx.GraphModule | None:
+        """Return ``run`` as a graph over the packed ``arguments`` that are tensors (and, but for vmap, the others too).
+
+        ``None`` where there is none. ``arguments`` are as ``run`` takes them.
+        """
+        return self.run.traced(*arguments) if isinstance(self.run, _Mapped) else self.body
+
+    def loop(self, graph: fx.GraphModule, *parts: Any) -> Loop:
+        """Return ``Loop(graph, *parts)``, the same one for the same parts, so that it is compiled once."""
+        if parts not in self.loops:
+            self.loops[parts] = Loop(graph, *parts)
+        return self.loops[parts]
 
     def pack(self, value: torch.Tensor, leading: int = 0) -> torch.Tensor:
         """Lay ``(..., rows, *shape)`` out as ``run`` takes it, with ``leading`` dimensions before the rows."""
@@ -136,6 +151,12 @@ class _Mapped:
             return self._traced.forward(*tensors)  # type: ignore[no-any-return]
         result: Sequence[Any] = mapped(*tensors)
         return result
+
+    def traced(self, *arguments: Any) -> fx.GraphModule | None:
+        """Return the trace, which holds for arguments of the same shapes and the same Python values."""
+        while self._traced is None and self._calls < 2:
+            self(*arguments)
+        return self._traced
 
 
 class BatchedBody:
@@ -228,7 +249,8 @@ class BatchedBody:
                 raise TypeError("a literal that varies is used where no tensor can stand")
             mapped = [m or v for m, v in zip(self.mapped, self.varying, strict=True)]
             run = _Mapped(body.forward, mapped)
-        return Layout(strategy, rows, run, self.varying, self.device)
+        graph = self.body if strategy in (Strategy.SINGLE, Strategy.FOLD, Strategy.PREPEND) else None
+        return Layout(strategy, rows, run, self.varying, self.device, graph)
 
     def _each(self, arguments: Sequence[Any], rows: int) -> Sequence[Any]:
         bindings = self.bindings

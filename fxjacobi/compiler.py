@@ -20,8 +20,10 @@ from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed, PlanE
 from fxjacobi.loops import Loop
 from fxjacobi.ops import GUARDS
 from fxjacobi.passes import pipeline
+from fxjacobi.placement import placed_copy
 from fxjacobi.plan import Plan
 from fxjacobi.saved_plan import Decision, fingerprint
+from fxjacobi.solved_loop import SolvedLoop
 from fxjacobi.specialisation import RandomState, Specialisation
 from fxjacobi.trees import join, split
 from fxjacobi.verify import equal, first_difference
@@ -37,6 +39,9 @@ __all__ = ["specialise"]
 _ACCUMULATED = 1000.0  # tolerances that errors of single steps may add up to in an output
 
 _log = logging.getLogger(__name__)
+
+_PYTHON_S = 2e-6  # what Python adds to the call of one operation (measured: 3-4 us against 1-2 us)
+_WORTH_MEASURING = 0.05  # share of the ordinary run under which saved Python is not worth running it again
 
 _CLEAR = 2.0  # a ratio of times beyond which one pair of runs is enough to be sure
 
@@ -114,7 +119,7 @@ class _Compilation:
         decision: Decision | None = None
         graph_hash = ""
         for each in pipeline(self.options, gradients=capture.gradients):
-            if each.name == "emit_solvers":
+            if each.name == "script_loops":
                 self.before.restore()
                 with self._memory_before():
                     module, measured = choose_methods(module, self._operands(), self.options, decision)
@@ -136,7 +141,7 @@ class _Compilation:
         if decision is not None and not decision.solved:
             result.retire(f"saved plan: {decision.reason}")
             return result
-        if self.options.measure and not any(method_of(b) != "sequential" for b in _loops(module)):
+        if self.options.measure and not self._may_gain(module):
             result.retire("every block runs in the ordinary order, so nothing is gained")
             return result
         try:
@@ -151,6 +156,15 @@ class _Compilation:
         except GuardFailed as failure:
             result.retire(f"the run's own guards do not hold on its own data ({failure})")
         return result
+
+    def _may_gain(self, module: fx.GraphModule) -> bool:
+        """Whether a block is solved, or enough Python is saved by running steps in order without it."""
+        blocks = _loops(module)
+        if any(method_of(b) not in ("sequential", "scripted") for b in blocks):
+            return True
+        scripted = [loop for b in blocks if method_of(b) == "scripted" and (loop := loop_of(b)) is not None]
+        calls = sum(loop.trip_count * len(loop.body.graph.nodes) for loop in scripted)
+        return calls * _PYTHON_S > _WORTH_MEASURING * self.capture.ordinary_s
 
     def _contract(self) -> str:
         return "exact" if self.options.exact else f"rtol={self.options.rtol:g}, atol={self.options.atol:g}"
@@ -168,7 +182,7 @@ class _Compilation:
         inputs: list[torch.Tensor] = []
         for position, tensor in enumerate(self.tensors):
             earlier = saved.get(position)
-            inputs.append(tensor if earlier is None else earlier.clone())
+            inputs.append(tensor if earlier is None else placed_copy(earlier))
         return inputs + [s.before for s in self.capture.states if s.before is not None]
 
     @contextlib.contextmanager
@@ -189,6 +203,9 @@ class _Compilation:
 
     def _run_emitted(self, module: fx.GraphModule) -> tuple[Sequence[torch.Tensor], float]:
         operands = self._operands()
+        for block in module.children():
+            if isinstance(block, SolvedLoop):
+                block.forget()  # the same operands again would start from their own solution
         self.before.restore()
         with self._memory_before(), torch.set_grad_enabled(self.capture.gradients):
             start = time.perf_counter()

@@ -214,6 +214,10 @@ class Loop(nn.Module):
         """Return the same loop, saying why it stays as it is."""
         return Loop(self.body, self.trip_count, self.bindings, self.results, reason)
 
+    def with_body(self, body: fx.GraphModule) -> Loop:
+        """Return the same loop over a body of the same placeholders and outputs."""
+        return Loop(body, self.trip_count, self.bindings, self.results, self.reason)
+
     @property
     def kind(self) -> Kind:
         """Map without a carry; fixed point with a carry and nothing else that changes; recurrence otherwise."""

@@ -12,6 +12,7 @@ from torch.utils import _python_dispatch
 
 from fxjacobi.compiler import specialise
 from fxjacobi.errors import PlanError
+from fxjacobi.methods.guess import describe_guess
 from fxjacobi.plan import Plan
 from fxjacobi.report import Report
 from fxjacobi.saved_plan import Decision, SavedPlan, describe_method
@@ -68,6 +69,8 @@ class SolvedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the original returns, and leave behind what it leaves."""
+        if _functorch.peek_interpreter_stack() is not None:  # inside a transform of torch.func: let it see the original
+            return self._original(*args, **kwargs)
         # Where nothing is gained, the original is always right: a key of shapes alone finds those calls.
         plain = _shapes(args) if not kwargs and self._plain else None
         if plain is not None:
@@ -82,8 +85,8 @@ class SolvedModule(nn.Module):
                 if specialisation.module is None and not kwargs:
                     self._remember(args, specialisation)
                 return specialisation(tensors, args, kwargs)
-        if len(_python_dispatch._get_current_dispatch_mode_stack()) or _functorch.peek_interpreter_stack() is not None:
-            return self._original(*args, **kwargs)  # inside another tracer or transform: let it see the original
+        if _python_dispatch._get_current_dispatch_mode_stack():
+            return self._original(*args, **kwargs)  # inside another tracer: let it see the original
         if len(self._specialisations) >= _MAX_SIGNATURES and key not in self._specialisations:
             return self._original(*args, **kwargs)  # arguments that are new objects at every call
         with self._lock:
@@ -127,7 +130,9 @@ class SolvedModule(nn.Module):
         """
         if not self._specialisations:
             raise PlanError("nothing was compiled yet: call the module once before saving its plan")
-        saved = SavedPlan()
+        options = self._options
+        guess = describe_guess(options.guess) if options.guess is not None else None
+        saved = SavedPlan(rtol=options.rtol, atol=options.atol, warm_start=options.warm_start, guess=guess)
         for specialisation in (s for known in self._specialisations.values() for s in known):
             plan = specialisation.plan
             if specialisation.graph_hash:

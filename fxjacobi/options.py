@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fxjacobi.methods.guess import Guess
+
 if TYPE_CHECKING:
     from fxjacobi.saved_plan import SavedPlan
 
@@ -39,6 +41,8 @@ class Options:
         budget_s: Seconds that measuring candidates may take for one specialisation.
         memory_limit: Bytes that a batched sweep may allocate, or ``None`` for what the device has.
         plan: Decisions measured before, which are followed instead of measuring.
+        warm_start: Start each block's solve from the solution of the call before.
+        guess: Where solves start otherwise; the values before the loop if ``None``.
 
     Raises:
         ValueError: A tolerance is negative or not finite, the method is unknown, or a limit is not positive.
@@ -53,6 +57,8 @@ class Options:
     budget_s: float = 2.0
     memory_limit: int | None = None
     plan: SavedPlan | None = None
+    warm_start: bool = False
+    guess: Guess | None = None
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol", "budget_s"):
@@ -65,7 +71,7 @@ class Options:
             raise TypeError(f"method must be a string, not {type(self.method).__name__}")
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        for name in ("strict", "measure"):
+        for name in ("strict", "measure", "warm_start"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, not {type(getattr(self, name)).__name__}")
         if self.memory_limit is not None:
@@ -73,6 +79,8 @@ class Options:
                 raise TypeError(f"memory_limit must be an int or None, not {type(self.memory_limit).__name__}")
             if self.memory_limit <= 0:
                 raise ValueError(f"memory_limit must be positive, not {self.memory_limit}")
+        if self.guess is not None and not isinstance(self.guess, Guess):
+            raise TypeError(f"guess must be a fxjacobi.methods.Guess or None, not {type(self.guess).__name__}")
 
     @property
     def exact(self) -> bool:

@@ -14,10 +14,12 @@ import torch
 
 from fxjacobi.errors import PlanError
 from fxjacobi.loops import Loop
+from fxjacobi.methods.guess import guess_of
 
 if TYPE_CHECKING:
     from torch import fx
 
+    from fxjacobi.methods.guess import Guess
     from fxjacobi.methods.method import Method
 
 __all__ = ["Decision", "SavedPlan", "describe_method", "device_name", "fingerprint"]
@@ -86,6 +88,10 @@ class SavedPlan:
 
     torch: str = torch.__version__
     device: str = field(default_factory=device_name)
+    rtol: float = 0.0
+    atol: float = 0.0
+    warm_start: bool = False
+    guess: dict[str, Any] | None = None
     decisions: dict[str, Decision] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
@@ -116,7 +122,25 @@ class SavedPlan:
             }
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is damaged: {error}") from error
-        return cls(content["torch"], content["device"], decisions)
+        named = {name: content[name] for name in ("rtol", "atol", "warm_start", "guess") if name in content}
+        return cls(content["torch"], content["device"], decisions=decisions, **named)
+
+    def start(self, guess: Guess | None) -> Guess | None:
+        """Where solves start: ``guess`` if the caller has one, else the plan's.
+
+        Raises:
+            PlanError: The plan's guess was a function or a trajectory, which a plan does not hold, or is unknown.
+        """
+        if guess is not None or self.guess is None:
+            return guess
+        try:
+            saved = guess_of(self.guess)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"the saved plan names a guess that this version does not have: {self.guess}") from error
+        if saved is None:
+            raise PlanError(f"the saved plan was measured with guess={self.guess['name']}(...), which JSON does not "
+                            "hold; pass it again")  # fmt: skip
+        return saved
 
     def decision(self, graph: str) -> Decision:
         """The decision for a graph.

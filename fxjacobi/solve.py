@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxjacobi.batched_body import BatchedBody
 from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.footprint import StateSize
 from fxjacobi.methods.affine import Affine
+from fxjacobi.methods.frozen import Samples
 from fxjacobi.methods.guess import Base, Guess
+from fxjacobi.methods.jacobian import batch_size
 from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.sequential import Sequential
 from fxjacobi.methods.settle import floors, leading, units
@@ -85,17 +88,74 @@ def solve(
 @torch.no_grad()
 def solve_system(system: System, method: Method, contract: Contract, guess: Guess) -> Solved:
     """:func:`solve` for a system that is there already, with a method that is lawful for it."""
+    iterate, prefixes, window = _swept_in_windows(system, method, contract, guess)
+    if not prefixes:
+        solved = _complete(system, iterate.states, {}, 0, Solution(0, Certificate.SEQUENTIAL))
+    else:
+        solved = _checked(system, method, iterate, contract, prefixes)
+    window = min(window, system.rows_limit)
+    return solved if window >= system.steps else replace(solved, solution=replace(solved.solution, window=window))
+
+
+def _swept_in_windows(
+    system: System, method: Method, contract: Contract, guess: Guess
+) -> tuple[Iterate, tuple[int, ...], int]:
+    """Sweep all steps together, or window after window where memory does not allow it.
+
+    Returns:
+        The iterate, the prefix after each sweep, and the steps of a window.
+    """
+    window = _window(system, method)
+    states = guess.states(system)
+    start, prefixes = 0, list[int]()
+    while True:
+        stop = min(system.steps, start + window)
+        whole = start == 0 and stop == system.steps
+        part = system if whole else system.between(start, stop, states)
+        some = part.base() if isinstance(guess, Base) else tuple(s[start:stop] for s in states)
+        left = None if contract.max_sweeps is None else max(0, contract.max_sweeps - len(prefixes))
+        try:
+            iterate, swept = _swept(part, method, replace(contract, max_sweeps=left), some)
+        except torch.OutOfMemoryError:
+            if stop - start == 1:
+                logger.info("%s: one step does not fit in memory; completing in order", method.name)
+                return Iterate(states, start), (*prefixes, start), 1
+            window = (stop - start + 1) // 2
+            logger.info("%s: %d steps do not fit in memory; going on with %d", method.name, stop - start, window)
+            continue
+        if whole:
+            return iterate, swept, window
+        prefixes += [start + p for p in swept]
+        states = tuple(torch.cat([s[:start], i, s[stop:]]) for s, i in zip(states, iterate.states, strict=True))
+        if not method.done(iterate, contract):
+            return Iterate(states, start + iterate.prefix), tuple(prefixes), window
+        if stop == system.steps:
+            return Iterate(states, stop, 0.0), tuple(prefixes), window
+        start = stop
+
+
+def _window(system: System, method: Method) -> int:
+    """Return how many steps the method may solve together within the memory limit, one at least."""
+    if system.memory_limit is None:
+        return system.steps
+    if method.bytes_per_step(system.loop, StateSize.of(system.loop, 1)) == 0:
+        return system.steps
+    own = method.bytes_per_step(system.loop, StateSize.of(system.loop, batch_size(system)))
+    return max(1, min(system.steps, system.memory_limit // max(1, own)))
+
+
+def _swept(system: System, method: Method, contract: Contract, states: States) -> tuple[Iterate, tuple[int, ...]]:
+    """Return the iterate that ``method`` comes to from ``states``, and the prefix after each sweep."""
     bound = system.steps if contract.max_sweeps is None else min(contract.max_sweeps, system.steps)
     if isinstance(method, Affine):
         bound = max(bound, 1)
-    iterate = method.init(system, guess.states(system), contract)
+    samples = Samples.of(system, method, contract)
+    iterate = method.init(system, states, contract)
     trace = _Trace(contract.patience)
     while not method.done(iterate, contract) and len(trace.prefixes) < bound and not trace.stalled:
-        iterate = method.step(system, iterate, contract)
+        iterate = samples.step(method, iterate) if samples is not None else method.step(system, iterate, contract)
         trace.add(iterate)
-    if not trace.prefixes:
-        return _complete(system, iterate.states, {}, 0, Solution(0, Certificate.SEQUENTIAL))
-    return _checked(system, method, iterate, contract, tuple(trace.prefixes))
+    return samples.thawed(iterate) if samples is not None else iterate, tuple(trace.prefixes)
 
 
 class _Trace:
@@ -135,21 +195,46 @@ def _checked(system: System, method: Method, iterate: Iterate, contract: Contrac
             certificate = Certificate.EXACT_PREFIX if sweeps == system.steps else Certificate.REPEATED
             return Solved(states, others, Solution(sweeps, certificate, 0.0, prefixes))
         return _complete(system, states, others, prefix, Solution(sweeps, Certificate.FELL_BACK, 0.0, prefixes))
-    outputs = system.evaluate(states)
-    values = system.pick(outputs)
-    others = {o: outputs[o] for o in system.others}
-    floor = floors(values, contract)
-    residuals = units(values, states, contract)
-    holds = (residuals <= torch.maximum(floor, torch.ones_like(floor))).cpu()
+    values, others, holds, residual = _residuals(system, iterate, contract)
     if finished and bool(holds.all()) and _agrees_with_body(system, states, values, system.steps):
         certificate = Certificate.SCANNED if isinstance(method, Affine) else Certificate.RESIDUAL
-        return Solved(states, others, Solution(sweeps, certificate, _relative(values, states), prefixes))
+        return Solved(states, others, Solution(sweeps, certificate, residual, prefixes))
     prefix = min(iterate.prefix, leading(holds))
     if not _agrees_with_body(system, states, values, prefix):
         prefix = 0
     logger.info("%s: completing in order from step %d of %d", method.name, prefix, system.steps)
     record = Solution(sweeps, Certificate.FELL_BACK, _relative(values, states, prefix), prefixes)
     return _complete(system, states, others, prefix, record)
+
+
+def _residuals(
+    system: System, iterate: Iterate, contract: Contract
+) -> tuple[States, dict[int, torch.Tensor], torch.Tensor, float]:
+    """Return ``h`` of the iterate, the other outputs, for each step whether its equation holds, and :func:`_relative`.
+
+    An equation that the last sweep evaluated at the iterate's own values is not evaluated again.
+    """
+    states = iterate.states
+    if iterate.open is None or iterate.others is None or len(iterate.open) == system.steps:
+        outputs = system.evaluate(states)
+        values = system.pick(outputs)
+        holds, residual = _hold(values, states, contract)
+        return values, {o: outputs[o] for o in system.others}, holds, residual
+    outputs = system.evaluate_at(states, iterate.open)
+    at = torch.tensor(iterate.open, device=states[0].device)
+    found = system.pick(outputs)
+    others = {o: v.index_put((at,), outputs[o]) for o, v in iterate.others.items()}
+    open_hold, residual = _hold(found, tuple(s[at] for s in states), contract)
+    holds = torch.ones(system.steps, dtype=torch.bool)
+    holds[list(iterate.open)] = open_hold
+    values = tuple(s.index_put((at,), f) for s, f in zip(states, found, strict=True))
+    return values, others, holds, residual
+
+
+def _hold(values: States, states: States, contract: Contract) -> tuple[torch.Tensor, float]:
+    floor = floors(values, contract)
+    holds = units(values, states, contract) <= torch.maximum(floor, torch.ones_like(floor))
+    return holds.cpu(), _relative(values, states)
 
 
 def _complete(system: System, states: States, others: dict[int, torch.Tensor], prefix: int, record: Solution) -> Solved:
@@ -170,14 +255,20 @@ def _relative(values: States, states: States, stop: int | None = None) -> float:
 
 def _agrees_with_body(system: System, states: States, values: States, stop: int) -> bool:
     """Whether the body itself, run on single steps, gives what batching gave: at the first, middle and last before ``stop``."""
-    for step in sorted({0, stop // 2, stop - 1} if stop else ()):
-        alone = tuple(value.unsqueeze(0) for value in system.pick(system.alone(states, step)))
-        batched = tuple(value[step : step + 1] for value in values)
-        smooth = [v for v in alone if v.is_floating_point() or v.is_complex()]
-        root = max((math.sqrt(torch.finfo(v.dtype).eps) for v in smooth), default=0.0)
-        size = max((float(torch.where(torch.isfinite(v), v, 0.0).abs().amax()) for v in smooth), default=0.0)
-        # Another order of rounding, with the cancellation that a state of several tensors may hold.
-        if bool((units(alone, batched, Contract(atol=root * size)) > 1).any()):
+    steps = sorted({0, stop // 2, stop - 1} if stop else ())
+    if not steps:
+        return True
+    single = [system.pick(system.alone(states, step)) for step in steps]
+    alone = tuple(torch.stack(column) for column in zip(*single, strict=True))
+    batched = tuple(value[steps] for value in values)
+    smooth = [v for v in alone if v.is_floating_point() or v.is_complex()]
+    root = max((math.sqrt(torch.finfo(v.dtype).eps) for v in smooth), default=0.0)
+    sizes = torch.stack([torch.where(torch.isfinite(v), v, 0.0).abs().reshape(len(steps), -1).amax(1).double() for v in smooth] or
+                        [torch.zeros(len(steps))]).amax(0)  # fmt: skip
+    # Another order of rounding, with the cancellation that a state of several tensors may hold.
+    for row, size in enumerate(sizes.tolist()):
+        a, b = tuple(v[row : row + 1] for v in alone), tuple(v[row : row + 1] for v in batched)
+        if bool((units(a, b, Contract(atol=root * size)) > 1).any()):
             logger.warning("evaluating many steps at once does not give what the body gives; running in order")
             return False
     return True

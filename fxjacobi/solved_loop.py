@@ -11,9 +11,11 @@ from torch.autograd.function import once_differentiable
 from fxjacobi.adjoint import Adjoint
 from fxjacobi.batched_body import BatchedBody
 from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.footprint import solve_bytes
 from fxjacobi.loops import Loop, Stacked, Step
 from fxjacobi.methods.guess import Base, Guess, Previous
 from fxjacobi.methods.sequential import Sequential
+from fxjacobi.scripted_loop import run_in_order
 from fxjacobi.solve import Solved, lawful, solve_system
 from fxjacobi.system import States, System
 
@@ -72,13 +74,25 @@ class SolvedLoop(nn.Module):
         """Solve the loop and return its results."""
         if isinstance(self.method, Sequential) or not lawful(self.method, self.loop, self.contract):
             self.last = Solution(0, Certificate.SEQUENTIAL, 0.0, (), self.loop.trip_count)
-            results: tuple[Any, ...] = self.loop(*operands)
-            return results
+            return run_in_order(self.loop, operands)
         if torch.is_grad_enabled() and any(isinstance(o, torch.Tensor) and o.requires_grad for o in operands):
             found: tuple[Any, ...] = _Solve.apply(self, *operands)  # type: ignore[no-untyped-call]
             return found
         system, solved = self._solve(operands)
         return system.results(solved.states, solved.others)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Estimated peak memory of a solve beyond its operands; ``None`` where the loop runs in order."""
+        if isinstance(self.method, Sequential) or not lawful(self.method, self.loop, self.contract):
+            return None
+        return solve_bytes(self.loop, self.method, self.memory_limit)
+
+    def forget(self) -> None:
+        """Start the next call without what the calls before left behind (:attr:`warm_start`)."""
+        self._previous = None
+        if self._adjoint is not None:
+            self._adjoint.previous = None
 
     @torch.no_grad()
     def _solve(self, operands: tuple[Any, ...]) -> tuple[System, Solved]:
@@ -112,6 +126,7 @@ class SolvedLoop(nn.Module):
                     cotangents[output][step] += gradient
                 case Stacked(output):
                     cotangents[output] += gradient
+        adjoint.warm_start = self.warm_start
         return adjoint.gradients(operands, states, cotangents, self.method, self.contract, self.memory_limit)
 
 

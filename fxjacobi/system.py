@@ -8,6 +8,7 @@ keeps each stacked, ``(T, *shape)``.
 
 from __future__ import annotations
 
+import copy
 import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from fxjacobi.batched_body import Batch, BatchedBody
-from fxjacobi.graph import TensorSpec
+from fxjacobi.footprint import row_bytes
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
 
 if TYPE_CHECKING:
@@ -42,6 +43,15 @@ class Carry:
     def window(self, states: States, start: int, stop: int) -> torch.Tensor:
         """Return what the placeholder reads at steps ``start .. stop-1``."""
         return self.shifted(states[self.component], 0, start, stop)
+
+    def at(self, states: States, steps: Sequence[int]) -> torch.Tensor:
+        """Return what the placeholder reads at each of ``steps``, ``(len(steps), *shape)``."""
+        values = states[self.component]
+        read: torch.Tensor = values[torch.tensor([max(s - self.distance, 0) for s in steps], device=values.device)]
+        for row, step in enumerate(steps):
+            if step < self.distance:
+                read[row] = self.before[step]
+        return read
 
     def shifted(self, values: torch.Tensor, origin: int, start: int, stop: int) -> torch.Tensor:
         """:meth:`window` of a component known from step ``origin`` on (``values[0]`` is step ``origin``)."""
@@ -89,17 +99,13 @@ class System:
         self.nearest = min((c.distance for c in self.carries), default=self.steps)
         carried_outputs = set(self.components)
         self.others = tuple(sorted({r.output for r in loop.results} - carried_outputs))
+        self.memory_limit = memory_limit
         self.rows_limit = self._rows_within(memory_limit)
 
     def _rows_within(self, memory_limit: int | None) -> int:
         if memory_limit is None:
             return self.steps
-        values = 0
-        for node in self.loop.body.graph.nodes:
-            spec = node.meta.get("spec")
-            if node.op != "placeholder" and isinstance(spec, TensorSpec):
-                values += torch.Size(spec.shape).numel() * spec.dtype.itemsize
-        return max(1, min(self.steps, memory_limit // max(1, values)))
+        return max(1, min(self.steps, memory_limit // max(1, row_bytes(self.loop))))
 
     @cached_property
     def _inputs(self) -> tuple[Any, ...]:
@@ -131,6 +137,38 @@ class System:
         pairs = zip(self._inputs, self.loop.bindings, strict=True)
         return [v if v is None or isinstance(b, Invariant) else v[steps] for v, b in pairs]
 
+    def between(self, start: int, stop: int, states: States) -> System:
+        """Return the equations of steps ``start .. stop-1``, given a trajectory that is right before them.
+
+        What comes back evaluates sweeps; it neither completes nor collects results.
+        """
+        carries = tuple(
+            Carry(c.placeholder, c.component, c.distance, c.window(states, start, min(start + c.distance, stop)))
+            for c in self.carries
+        )
+        return self._derived(stop - start, self.fixed(slice(start, stop)), carries, self.rows_limit)
+
+    def of_samples(self, samples: torch.Tensor) -> System:
+        """Return the equations of some samples alone; see :class:`fxjacobi.methods.frozen.Samples` for when it may.
+
+        What comes back evaluates sweeps; it neither completes nor collects results.
+        """
+        inputs = [v.index_select(1, samples) if m and v is not None else v
+                  for v, m in zip(self._inputs, self.body.mapped, strict=True)]  # fmt: skip
+        carries = tuple(
+            Carry(c.placeholder, c.component, c.distance, c.before.index_select(1, samples)) for c in self.carries
+        )
+        rows = self.rows_limit * self.carries[0].before.shape[1] // samples.shape[0]
+        return self._derived(self.steps, inputs, carries, rows)
+
+    def _derived(self, steps: int, inputs: Sequence[Any], carries: tuple[Carry, ...], rows: int) -> System:
+        derived = copy.copy(self)
+        derived.steps, derived.carries, derived.operands = steps, carries, ()
+        derived.nearest = min((c.distance for c in carries), default=steps)
+        derived.rows_limit = max(1, min(steps, rows))
+        derived.__dict__["_inputs"] = tuple(inputs)
+        return derived
+
     def evaluate(self, states: States, start: int = 0, stop: int | None = None) -> tuple[Any, ...]:
         """Return all outputs of the body at steps ``start .. stop-1``, each ``(stop - start, ...)``, in one sweep.
 
@@ -155,6 +193,20 @@ class System:
             return pieces[0]
         columns = zip(*pieces, strict=True)
         return tuple(torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0] for column in columns)
+
+    def evaluate_at(self, states: States, steps: Sequence[int]) -> tuple[Any, ...]:
+        """Return all outputs of the body at some steps of a trajectory, each ``(len(steps), ...)``."""
+        arguments: list[Any] = []
+        for value, binding in zip(self._inputs, self.loop.bindings, strict=True):
+            if value is None or isinstance(binding, Invariant):
+                arguments.append(value)
+            elif isinstance(binding, Literal):
+                arguments.append([value[s] for s in steps])
+            else:
+                arguments.append(value[torch.tensor(steps, device=value.device)])
+        for carry in self.carries:
+            arguments[carry.placeholder] = carry.at(states, steps)
+        return self.batch(arguments, len(steps))
 
     def next_states(self, states: States, start: int = 0, stop: int | None = None) -> States:
         """Return ``h`` of a trajectory at steps ``start .. stop-1``."""

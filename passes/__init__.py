@@ -13,6 +13,7 @@ from fxjacobi.passes.emit_solvers import EmitSolvers
 from fxjacobi.passes.hoist_random import HoistRandom
 from fxjacobi.passes.prefixes_to_writes import PrefixesToWrites
 from fxjacobi.passes.roll_loops import RollLoops
+from fxjacobi.passes.script_loops import ScriptLoops
 from fxjacobi.passes.split_components import SplitComponents
 from fxjacobi.passes.stop_early import StopEarly
 
@@ -26,7 +27,7 @@ __all__ = ["pipeline"]
 def pipeline(options: Options, *, gradients: bool) -> tuple[Pass, ...]:
     """The passes from a captured graph to the emitted module, in order.
 
-    Before :class:`EmitSolvers`, :mod:`fxjacobi.choose` times the methods of each recurrence that is left: that needs
+    Before :class:`ScriptLoops`, :mod:`fxjacobi.choose` times the methods of each recurrence that is left: that needs
     the run's own operands, which a pass does not have.
     """
     return (
@@ -40,5 +41,6 @@ def pipeline(options: Options, *, gradients: bool) -> tuple[Pass, ...]:
         CollapseSampling(exact=options.exact),
         StopEarly(),
         BatchEquations(exact=options.exact),
+        ScriptLoops(),
         EmitSolvers(),
     )

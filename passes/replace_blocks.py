@@ -29,7 +29,7 @@ def replace_blocks(module: fx.GraphModule, replace: Callable[[Loop, fx.Node], nn
             result = replace_blocks(found, replace).module
         elif isinstance(found, Loop):
             inner = replace_blocks(found.body, replace)
-            loop = Loop(inner.module, found.trip_count, found.bindings, found.results) if inner.modified else found
+            loop = found.with_body(inner.module) if inner.modified else found
             result = replace(loop, node)
         if result is not found:
             new[target] = result

@@ -7,7 +7,7 @@ from fxjacobi.methods.anderson import Anderson
 from fxjacobi.methods.candidates import candidates
 from fxjacobi.methods.chunked import Chunked
 from fxjacobi.methods.damped import Damped
-from fxjacobi.methods.guess import Base, Extrapolated, Given, Guess, Previous
+from fxjacobi.methods.guess import Base, Extrapolated, Given, Guess, Previous, Swept
 from fxjacobi.methods.jacobi import Jacobi
 from fxjacobi.methods.memory_length import memory_length
 from fxjacobi.methods.method import Contract, Iterate, Method
@@ -35,6 +35,7 @@ __all__ = [
     "Previous",
     "QuasiNewton",
     "Sequential",
+    "Swept",
     "Windowed",
     "candidates",
     "memory_length",

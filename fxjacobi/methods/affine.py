@@ -15,6 +15,7 @@ from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.newton import solve_linear
 
 if TYPE_CHECKING:
+    from fxjacobi.footprint import StateSize
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
@@ -60,3 +61,9 @@ class Affine(Method):
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update == 0.0
+
+    @override
+    def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
+        found = affinity(loop)
+        diagonal = found is not None and found.diagonal
+        return 6 * size.bytes if diagonal else size.jacobian_bytes

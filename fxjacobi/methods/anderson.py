@@ -14,6 +14,7 @@ from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.settle import replace_non_finite
 
 if TYPE_CHECKING:
+    from fxjacobi.footprint import StateSize
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
@@ -93,3 +94,18 @@ class Anderson(Method):
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update <= 1.0
+
+    @override
+    def of_samples(self, system: System, iterate: Iterate, samples: torch.Tensor) -> Iterate | None:
+        history: _History = iterate.memory
+
+        def some(flat: torch.Tensor) -> torch.Tensor:
+            return flattened(tuple(s.index_select(1, samples) for s in unflattened(flat, iterate.states)), 1)
+
+        part = _History(tuple(map(some, history.states)), tuple(map(some, history.residuals)))
+        return replace(iterate, memory=part)
+
+    @override
+    def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
+        # Two histories, their differences, and these in float64.
+        return (2 + 2 + 2 * 2) * (self.history + 1) * size.bytes

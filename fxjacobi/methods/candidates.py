@@ -48,17 +48,20 @@ def candidates(
     if loop.trip_count < 2 or not body.uniform or not body.pure:
         return [Sequential()]
     chunks = [c for c in _CHUNKS if 2 * c <= loop.trip_count]
+    found: list[Method] = [Chunked(c) for c in chunks]
     windows = [w for w in (64, 256) if w < loop.trip_count]
     if exact:
         return [Jacobi(), *map(Windowed, windows), *map(Chunked, chunks[:2]), Sequential()]
     if system is not None and contract is not None:
         with torch.no_grad():
             length = memory_length(system, contract)
-        # Two sweeps where a chunk is as long as the memory; shorter ones take more sweeps of fewer steps.
-        sizes = {length, max(1, length // 2)} if length is not None else set(chunks[-1:])
-        chunks = sorted(s for s in sizes if 2 * s <= loop.trip_count)
+        # One sweep where the warm-up is as long as the memory; longer chunks do less twice, shorter ones make fewer calls.
+        sized = [] if length is None else [Chunked(c, length) for c in (2 * length, 4 * length, length)]
+        found = [m for m in sized if 2 * m.chunk <= loop.trip_count]
+        if not found:
+            size = chunks[-1] if length is None and chunks else max(1, (length or 2) // 2)
+            found = [Chunked(size)] if 2 * size <= loop.trip_count else []
         windows = [] if length is None else [w for w in (2 * length,) if w < loop.trip_count]
-    found: list[Method] = [*map(Chunked, chunks)]
     linear = affinity(loop)
     small = _state_elements(loop) <= _DENSE
     if linear is not None and (linear.diagonal or small):

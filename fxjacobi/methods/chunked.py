@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from typing_extensions import override
 
-from fxjacobi.batched_body import Layout, Strategy
-from fxjacobi.loops import Invariant, Literal
+from fxjacobi.methods.chunks import Chunks, Heads, heads_of, prepared, run_chunks, with_heads
 from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.settle import (
     changed_steps,
@@ -26,22 +25,7 @@ if TYPE_CHECKING:
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
-__all__ = ["Chunked", "Chunks", "prepared", "run_chunks"]
-
-Heads = tuple[torch.Tensor, ...]
-"""What the chunks read from before themselves: one tensor (chunks, *shape) for each carry and step below its distance."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """The chunks still being iterated, laid out for a lean inner loop."""
-
-    starts: tuple[int, ...]  # of all chunks
-    length: int
-    first: int  # first chunk still iterated
-    heads: Heads
-    layout: Layout
-    inputs: tuple[tuple[Any, ...], ...]  # for each inner step, the body's packed arguments; None where carried
+__all__ = ["Chunked"]
 
 
 @dataclass(frozen=True)
@@ -54,17 +38,24 @@ class Chunked(Method):
     After ``k`` sweeps the first ``k`` chunks are final; those that are known to be are dropped, half at a time. The
     last chunk overlaps the one before where T is no multiple.
 
+    With a ``warm_up`` of ``w`` steps the first chunk starts are not guessed but run: each chunk's from the guess ``w``
+    steps before it. Where ``w`` is the recurrence's memory, one sweep is enough, and the arithmetic is
+    ``1 + w / chunk`` times that of the steps in order, instead of twice.
+
     Raises:
-        ValueError: The chunk is not positive.
+        ValueError: The chunk is not positive, or the warm-up is negative or longer than a chunk.
     """
 
     keeps_bits: ClassVar[bool] = True
 
     chunk: int = 32
+    warm_up: int = 0
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise ValueError(f"a chunk holds at least 1 step, not {self.chunk}")
+        if not 0 <= self.warm_up <= self.chunk:
+            raise ValueError(f"a warm-up takes 0 to {self.chunk} steps, the chunk's, not {self.warm_up}")
 
     @override
     def applies(self, loop: Loop) -> bool:
@@ -75,120 +66,89 @@ class Chunked(Method):
         states = replace_non_finite(guess, system.base(), 0)
         # Chunks must reach back no further than one chunk, and one row for each must fit in memory.
         length = max(self.chunk, system.reach, -(-system.steps // system.rows_limit))
-        return _started(system, states, min(system.steps, length))
+        return _started(system, states, min(system.steps, length), self.warm_up)
 
     @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
-        chunks: Chunks = iterate.memory
+        memory: _Memory = iterate.memory
+        chunks = memory.chunks
         try:
-            states = _assembled(system, chunks, run_chunks(system, chunks), iterate.states)
+            found, others = run_chunks(system, chunks)
         except torch.OutOfMemoryError:
             if len(chunks.starts) == 1:
                 raise
-            return _started(system, iterate.states, min(system.steps, 2 * chunks.length))
-        return _exchange(system, iterate, states, contract)
+            return _started(system, iterate.states, min(system.steps, 2 * chunks.length), 0)
+        states = _assembled(system, chunks, found, iterate.states)
+        before = tuple((iterate.others or {}).get(o, v) for o, v in zip(system.others, others, strict=True))
+        stacked = dict(zip(system.others, _assembled(system, chunks, others, before), strict=True))
+        after = _exchange(system, iterate, states, contract)
+        return replace(after, others=stacked, open=_seams(system, chunks))
 
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update == 0.0 if contract.exact else iterate.update <= 1.0
 
 
-def _started(system: System, states: States, length: int) -> Iterate:
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What a sweep hands to the next: the chunks, and from where their first starts were run."""
+
+    chunks: Chunks
+    warm_starts: tuple[int, ...] = ()
+    warm_heads: Heads = ()
+
+
+def _started(system: System, states: States, length: int, warm_up: int) -> Iterate:
     count = -(-system.steps // length)
     starts = tuple(min(c * length, system.steps - length) for c in range(count))
     unknown = torch.full((count,), math.inf, dtype=torch.float64)
+    warm_starts: tuple[int, ...] = ()
+    warm_heads: Heads = ()
+    if warm_up and count > 1:
+        warm = max(system.reach, min(warm_up, starts[1]))
+        warm_starts = tuple(max(0, start - warm) for start in starts[1:])
+        before = prepared(system, states, warm_starts, warm, 0)
+        warm_heads = before.heads
+        found, _ = run_chunks(system, before)
+        at = torch.tensor(warm_starts, device=states[0].device).unsqueeze(1)
+        at = at + torch.arange(warm, device=states[0].device)
+        states = tuple(state.clone().index_put((at,), value) for state, value in zip(states, found, strict=True))
     chunks = prepared(system, states, starts, length, 0)
-    return Iterate(states, updates=torch.zeros(count, dtype=torch.float64), gains=unknown, memory=chunks)
+    chunks = with_heads(chunks, _finite_heads(system, chunks.heads, system.base(), 1))
+    memory = _Memory(chunks, warm_starts, warm_heads)
+    return Iterate(states, updates=torch.zeros(count, dtype=torch.float64), gains=unknown, memory=memory)
 
 
-def prepared(system: System, states: States, starts: tuple[int, ...], length: int, first: int) -> Chunks:
-    """Gather the inputs of the chunks from ``first`` on, and their heads from a trajectory."""
-    active = starts[first:]
-    rows = len(active)
-    device = states[0].device
-    steps = torch.tensor(active, device=device) + torch.arange(length, device=device).unsqueeze(1)  # (length, rows)
-    heads = _heads(system, states, active)
-    whole = system.fixed(slice(None))
-    if system.batch is system.body:
-        example = list(whole)
-        for index, binding in enumerate(system.loop.bindings):
-            if isinstance(binding, Literal):
-                example[index] = [binding.values[s] for s in active]
-            elif system.body.mapped[index] and whole[index] is not None:
-                example[index] = whole[index][steps[0]]
-        position = 0
-        for carry in system.carries:
-            example[carry.placeholder] = heads[position]
-            position += carry.depth
-        layout = system.body.layout(example, rows)
-    else:
-        batch = system.batch
-        lifted = (False,) * len(whole)
-        layout = Layout(Strategy.EACH, rows, lambda *arguments: batch(arguments, rows), lifted, device)
-    columns: list[list[Any]] = []
-    for index, (binding, value) in enumerate(zip(system.loop.bindings, whole, strict=True)):
-        if value is None or isinstance(binding, Invariant):
-            columns.append([value] * length)
-        elif isinstance(binding, Literal):
-            columns.append([layout.literal(index, [value[s + j] for s in active]) for j in range(length)])
-        else:
-            columns.append(list(layout.pack(value[steps], leading=1).unbind(0)))
-    return Chunks(starts, length, first, heads, layout, tuple(zip(*columns, strict=True)))
-
-
-def _heads(system: System, states: States, starts: tuple[int, ...]) -> Heads:
-    """Return what each carry reads at steps ``start + j``, ``j < distance``, of each chunk."""
-    heads: list[torch.Tensor] = []
-    for carry in system.carries:
-        values = states[carry.component]
-        for inner in range(carry.depth):
-            at = [start + inner - carry.distance for start in starts]
-            outside = sum(a < 0 for a in at)  # starts ascend
-            head = values[torch.tensor([max(a, 0) for a in at], device=values.device)]
-            for row in range(outside):
-                head[row] = carry.before[starts[row] + inner]
-            heads.append(head)
-    return tuple(heads)
-
-
-def run_chunks(system: System, chunks: Chunks) -> States:
-    """Run all active chunks from their heads; return each component as ``(chunks, length, *shape)``."""
-    layout, run = chunks.layout, chunks.layout.run
-    packed = [layout.pack(head) for head in chunks.heads]
-    histories: list[list[torch.Tensor]] = [[] for _ in system.components]
-    slots: list[tuple[int, int, int, int]] = []
-    offset = 0
-    for carry in system.carries:
-        slots.append((carry.placeholder, carry.component, carry.distance, offset))
-        offset += carry.depth
-    for inner in range(chunks.length):
-        arguments = list(chunks.inputs[inner])
-        for placeholder, component, distance, offset in slots:
-            known = inner >= distance
-            arguments[placeholder] = histories[component][inner - distance] if known else packed[offset + inner]
-        outputs = run(*arguments)
-        for history, output in zip(histories, system.components, strict=True):
-            history.append(outputs[output])
-    return tuple(torch.stack([layout.unpack(value) for value in history], dim=1) for history in histories)
+def _seams(system: System, chunks: Chunks) -> tuple[int, ...]:
+    """The steps that read what is before their chunk: their equations alone may be open."""
+    # Where the last chunk overlaps the one before, the trajectory passes over at a multiple of the length.
+    seams = {*chunks.starts, *range(0, system.steps, chunks.length)}
+    return tuple(sorted({s + j for s in seams for j in range(system.reach) if s + j < system.steps}))
 
 
 def _assembled(system: System, chunks: Chunks, stacked: States, states: States) -> States:
-    """Return the whole trajectory: ``states`` before the active chunks, and these."""
+    """Return the whole trajectory: ``states`` but for the active chunks and samples, which ``stacked`` holds."""
     begin = chunks.starts[chunks.first]
     overlap = begin + (len(chunks.starts) - chunks.first) * chunks.length - system.steps
     result: list[torch.Tensor] = []
     for before, value in zip(states, stacked, strict=True):
-        pieces = [before[:begin]] if begin else []
-        pieces += [value[:-1].flatten(0, 1), value[-1, overlap:]] if overlap else [value.flatten(0, 1)]
-        result.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+        pieces = [value[:-1].flatten(0, 1), value[-1, overlap:]] if overlap else [value.flatten(0, 1)]
+        if chunks.samples is None:
+            pieces = [before[:begin], *pieces] if begin else pieces
+            result.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+        else:
+            whole = before.clone(memory_format=torch.contiguous_format)
+            whole[begin:] = whole[begin:].index_copy(1, chunks.samples, torch.cat(pieces))
+            result.append(whole)
     return tuple(result)
 
 
 def _exchange(system: System, iterate: Iterate, states: States, contract: Contract) -> Iterate:
     """Compare the chunk starts that were used with those that came out, and hand the latter over."""
-    chunks: Chunks = iterate.memory
+    memory: _Memory = iterate.memory
+    chunks = memory.chunks
     active = chunks.starts[chunks.first :]
-    heads = _heads(system, states, active)
+    heads = heads_of(system, states, active)
     updates = gains = None
     if contract.exact:
         changed = torch.zeros(len(active), dtype=torch.bool, device=heads[0].device)
@@ -196,9 +156,7 @@ def _exchange(system: System, iterate: Iterate, states: States, contract: Contra
             changed |= changed_steps((new,), (old,))
         final, update = leading(~changed), float(changed.double().mean())
     else:
-        moved = (
-            torch.stack([units((n,), (o,), contract) for n, o in zip(heads, chunks.heads, strict=True)]).amax(0).cpu()
-        )
+        moved = _distance(heads, chunks.heads, contract)
         floor = torch.stack([floors((head,), contract) for head in heads]).amax(0).cpu()
         final, update = leading(moved <= floor), float(moved.amax())
         assert iterate.updates is not None, "init() sets it"
@@ -209,19 +167,55 @@ def _exchange(system: System, iterate: Iterate, states: States, contract: Contra
         every = torch.zeros_like(updates)
         every[chunks.first :] = floor
         gains = observed_gains(updates, iterate.updates, gains, every, (1,))
+        if memory.warm_starts:
+            gains = _warm_gains(system, memory, states, moved, floor, contract)
         if update <= 1.0:
             update = max(update, errors_to_come(moved, gains[chunks.first :], floor, (1,))[1])
     finals = chunks.first + final
     prefix = system.steps if finals == len(chunks.starts) else chunks.starts[finals]
     if prefix == system.steps:
         update = 0.0
-    base = system.base()
-    memory = replace(chunks, heads=_finite_heads(system, heads, base, final + 1))
     unfinished = update > (0.0 if contract.exact else 1.0)
-    if unfinished and 2 * final >= len(active):
-        memory = prepared(system, states, chunks.starts, chunks.length, finals)
-        memory = replace(memory, heads=_finite_heads(system, memory.heads, base, 1))
-    return replace(iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, memory=memory)
+    following = with_heads(chunks, _finite_heads(system, heads, system.base(), final + 1))
+    samples = _unsettled(chunks, heads, contract) if unfinished else None
+    if unfinished and (2 * final >= len(active) or samples is not chunks.samples):
+        following = prepared(system, states, chunks.starts, chunks.length, finals, samples)
+        following = with_heads(following, _finite_heads(system, following.heads, system.base(), 1))
+    return replace(
+        iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, memory=_Memory(following)
+    )
+
+
+def _distance(new: Heads, old: Heads, contract: Contract) -> torch.Tensor:
+    return torch.stack([units((n,), (o,), contract) for n, o in zip(new, old, strict=True)]).amax(0).cpu()
+
+
+def _warm_gains(
+    system: System, memory: _Memory, states: States, moved: torch.Tensor, floor: torch.Tensor, contract: Contract
+) -> torch.Tensor:
+    """Return by how much each chunk passes on what its start is off, as the warm-up, which is no longer, did.
+
+    The warm-up to chunk ``c`` began at a guess that is off by what the trajectory has there now, and was off by
+    ``moved[c]`` at its end.
+    """
+    off = _distance(heads_of(system, states, memory.warm_starts), memory.warm_heads, contract)
+    unknown = torch.full_like(off, math.inf)
+    gains = torch.where(torch.isfinite(off) & (off > 4 * floor[1:]), moved[1:] / off.clamp_min(1e-300), unknown)
+    return torch.cat([torch.full((1,), math.inf, dtype=gains.dtype), gains])
+
+
+def _unsettled(chunks: Chunks, heads: Heads, contract: Contract) -> torch.Tensor | None:
+    """Return the samples whose chunk starts still move; ``chunks.samples`` unless at least half have settled."""
+    batch = heads[0].shape[1] if heads[0].dim() > 1 else 1
+    if contract.exact or not chunks.separable or batch == 1:
+        return chunks.samples
+    still = torch.zeros(batch, dtype=torch.bool)
+    for new, old in zip(heads, chunks.heads, strict=True):
+        a, b = (new.flatten(0, 1),), (old.flatten(0, 1),)
+        still |= (units(a, b, contract) > floors(a, contract)).reshape(-1, batch).any(0).cpu()
+    count = int(still.sum())
+    before = batch if chunks.samples is None else len(chunks.samples)
+    return still.nonzero().squeeze(1).to(heads[0].device) if 0 < 2 * count <= before else chunks.samples
 
 
 def _finite_heads(system: System, heads: Heads, base: States, final: int) -> Heads:

@@ -16,6 +16,7 @@ from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.settle import replace_non_finite
 
 if TYPE_CHECKING:
+    from fxjacobi.footprint import StateSize
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
@@ -88,6 +89,26 @@ class Damped(Method):
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update <= 1.0
+
+    @override
+    def of_samples(self, system: System, iterate: Iterate, samples: torch.Tensor) -> Iterate | None:
+        region: _Region = iterate.memory
+        if region.batch == 1 or region.values is None:
+            return None
+        states, values = (tuple(s.index_select(1, samples) for s in each) for each in (iterate.states, region.values))
+        part = replace(region, batch=samples.shape[0], values=values, diagonal=(), merit=_merit(states, values))
+        return replace(iterate, memory=part)
+
+    @override
+    def moved(self, before: Iterate, after: Iterate) -> tuple[States, States] | None:
+        # A heavily damped step is short, and a dropped one none, wherever the solution is: only the residual tells.
+        region: _Region = after.memory
+        return None if region.values is None else (region.values, after.states)
+
+    @override
+    def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
+        # The scan of 2x2 matrices: their entries, and those of its halves.
+        return 20 * size.bytes
 
 
 def _merit(states: States, values: States) -> float:

@@ -11,6 +11,8 @@ from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.sweep import started, sweep
 
 if TYPE_CHECKING:
+    import torch
+
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
@@ -42,3 +44,7 @@ class Jacobi(Method):
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update == 0.0 if contract.exact else iterate.update <= 1.0
+
+    @override
+    def of_samples(self, system: System, iterate: Iterate, samples: torch.Tensor) -> Iterate | None:
+        return iterate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+import weakref
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,20 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
-__all__ = ["batch_size", "diagonals", "differentiable", "full", "linear_part", "nearest_carry", "windows"]
+__all__ = [
+    "batch_size",
+    "diagonals",
+    "differentiable",
+    "full",
+    "linear_part",
+    "nearest_carry",
+    "windows",
+]
+
+_batched: weakref.WeakKeyDictionary[Loop, bool] = weakref.WeakKeyDictionary()
 
 Windows = tuple[torch.Tensor, ...]
 """What each carry reads at every step, (T, *shape)."""
@@ -68,8 +80,14 @@ def batch_size(system: System) -> int:
     """Return ``B`` when all components are ``(B, ...)`` and no sample's equations read another's state, else 1.
 
     Found by differentiating at a random point: a tangent in one sample must leave all others exactly at zero. It only
-    decides the shape of Jacobians; a solve's residual check does not rest on it.
+    decides the shape of Jacobians; a solve's residual check does not rest on it. Measured once for a loop.
     """
+    if system.loop not in _batched:
+        _batched[system.loop] = _batch_size(system) > 1
+    return system.carries[differentiable(system)[0]].before.shape[1] if _batched[system.loop] else 1
+
+
+def _batch_size(system: System) -> int:
     free = [system.carries[i] for i in differentiable(system)]
     sizes = {carry.before.shape[1] if carry.before.dim() > 1 else 0 for carry in free}
     if len(sizes) != 1:

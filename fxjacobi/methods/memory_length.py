@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from fxjacobi.methods.chunked import prepared, run_chunks
+from fxjacobi.methods.chunks import prepared, run_chunks, with_heads
 from fxjacobi.methods.settle import units
 
 if TYPE_CHECKING:
@@ -33,9 +32,9 @@ def memory_length(system: System, contract: Contract, limit: int = 256) -> int |
         for head in chunks.heads
     )
     runs: list[States] = []
-    for moved in (chunks, replace(chunks, heads=heads)):
+    for moved in (chunks, with_heads(chunks, heads)):
         # (stretches, limit, *shape) -> (limit, stretches, *shape): tolerances are those of single steps.
-        runs.append(tuple(value.transpose(0, 1) for value in run_chunks(system, moved)))
+        runs.append(tuple(value.transpose(0, 1) for value in run_chunks(system, moved)[0]))
     far = (units(runs[0], runs[1], contract) > 1.0).nonzero()
     length = int(far[-1]) + 2 if far.numel() else 1
     return length if length <= limit else None

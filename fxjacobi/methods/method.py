@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
 
+    from fxjacobi.footprint import StateSize
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
@@ -70,6 +71,10 @@ class Iterate:
         gains: For each step, by how much it last passed an update of the steps before on; ``inf`` where unknown.
         stop: Where the steps that are being iterated end; updates of different ranges are not compared.
         memory: What the method itself carries from sweep to sweep.
+        others: The outputs of the body that are results and no state, by output index, ``(T, ...)``, where the sweep
+            yielded them.
+        open: The steps whose equations the last sweep may have evaluated at other values than ``states`` now holds; at
+            all others ``s_t = h_t(s_{t-d})`` holds as evaluated. ``None``: any may be.
     """
 
     states: States
@@ -79,6 +84,8 @@ class Iterate:
     gains: torch.Tensor | None = None
     stop: int | None = None
     memory: Any = None
+    others: dict[int, torch.Tensor] | None = None
+    open: tuple[int, ...] | None = None
 
 
 class Method(ABC):
@@ -107,3 +114,22 @@ class Method(ABC):
     @abstractmethod
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         """Whether the iterate meets the contract, as far as the method can tell (the driver checks the residual)."""
+
+    def of_samples(self, system: System, iterate: Iterate, samples: torch.Tensor) -> Iterate | None:  # noqa: ARG002 - for subclasses
+        """Return the iterate of some samples of the batch alone, or ``None`` where it cannot go on with these.
+
+        The caller takes the samples out of ``states``; a method takes them out of its ``memory``.
+        """
+        return None
+
+    def moved(self, before: Iterate, after: Iterate) -> tuple[States, States] | None:
+        """Return a pair of trajectories whose difference tells which samples the last sweep left unsettled."""
+        return after.states, before.states
+
+    def moves_on(self, iterate: Iterate) -> bool:  # noqa: ARG002 - for subclasses
+        """Whether the next sweep takes up steps that no sweep has seen, of all samples."""
+        return False
+
+    def bytes_per_step(self, loop: Loop, size: StateSize) -> int:  # noqa: ARG002 - for subclasses
+        """Return the bytes that a sweep holds for each step, beside two trajectories and evaluations in ranges."""
+        return 0

@@ -14,6 +14,7 @@ from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.settle import replace_non_finite
 
 if TYPE_CHECKING:
+    from fxjacobi.footprint import StateSize
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
@@ -53,3 +54,11 @@ class Picard(Method):
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update <= 1.0
+
+    @override
+    def of_samples(self, system: System, iterate: Iterate, samples: torch.Tensor) -> Iterate | None:
+        return iterate
+
+    @override
+    def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
+        return 4 * size.bytes

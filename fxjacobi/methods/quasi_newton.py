@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
@@ -13,6 +13,9 @@ from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.settle import replace_non_finite
 
 if TYPE_CHECKING:
+    import torch
+
+    from fxjacobi.footprint import StateSize
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
@@ -56,3 +59,11 @@ class QuasiNewton(Method):
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update <= 1.0
+
+    @override
+    def of_samples(self, system: System, iterate: Iterate, samples: torch.Tensor) -> Iterate | None:
+        return replace(iterate, memory=samples.shape[0]) if iterate.memory > 1 else None
+
+    @override
+    def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
+        return 6 * size.bytes

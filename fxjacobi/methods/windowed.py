@@ -11,6 +11,8 @@ from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.sweep import started, sweep
 
 if TYPE_CHECKING:
+    import torch
+
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
@@ -50,11 +52,23 @@ class Windowed(Method):
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
         seen: int = iterate.memory
         final = min(iterate.prefix, seen)
-        # A window that moved by single steps would always hold guesses that no sweep has touched.
-        hop = self.window // 2 if self.sliding else 0
-        stop = min(system.steps, final + self.window) if seen - final <= hop else seen
+        stop = min(system.steps, final + self.window) if self.moves_on(iterate) else seen
         return replace(sweep(system, iterate, contract, stop, seen), memory=stop)
 
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
         return iterate.update == 0.0 if contract.exact else iterate.update <= 1.0
+
+    @override
+    def of_samples(self, system: System, iterate: Iterate, samples: torch.Tensor) -> Iterate | None:
+        return iterate
+
+    @override
+    def moves_on(self, iterate: Iterate) -> bool:
+        seen: int = iterate.memory
+        return seen - min(iterate.prefix, seen) <= self._hop
+
+    @property
+    def _hop(self) -> int:
+        # A window that moved by single steps would always hold guesses that no sweep has touched.
+        return self.window // 2 if self.sliding else 0

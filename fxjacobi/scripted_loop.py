@@ -1,0 +1,73 @@
+"""A loop run in its ordinary order without Python between its operations."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.loops import Loop
+from fxjacobi.torchscript import NotScriptableError, ScriptedSteps, script_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["ScriptedLoop", "run_in_order", "scripted_steps"]
+
+_log = logging.getLogger(__name__)
+
+_known: weakref.WeakKeyDictionary[Loop, ScriptedSteps | None] = weakref.WeakKeyDictionary()
+
+
+def scripted_steps(loop: Loop) -> ScriptedSteps | None:
+    """Return the loop's steps as one call, written once in the loop's lifetime; ``None`` where TorchScript cannot say it."""
+    if loop not in _known:
+        try:
+            _known[loop] = script_loop(loop)
+        except NotScriptableError as refusal:
+            _log.info("a loop of %d steps stays in Python: %s", loop.trip_count, refusal)
+            _known[loop] = None
+    return _known[loop]
+
+
+def run_in_order(loop: Loop, operands: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the loop's results, by Gauss-Seidel, the fastest way there is."""
+    steps = scripted_steps(loop)
+    results: tuple[Any, ...] = loop(*operands) if steps is None else steps(loop.align(operands))
+    return results
+
+
+class ScriptedLoop(nn.Module):
+    """A loop's steps in order, in one call: the definition's own operations, hence its bits.
+
+    ``s_t = h_t(s_{t-d})`` for ``t = 0 .. T-1``, one after another (Gauss-Seidel); see :mod:`fxjacobi.torchscript`.
+
+    Args:
+        loop: A loop that :func:`scripted_steps` takes.
+    """
+
+    method = "scripted"
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self.loop = loop
+        self.last: Solution | None = None
+        why = f"; {loop.reason}" if loop.reason else ""
+        self.reason = f"in order, without Python between its operations{why}"
+
+    @property
+    def in_order(self) -> Loop:
+        """The loop, for a loop around this one that is scripted as a whole."""
+        return self.loop
+
+    def forward(self, *operands: Any) -> tuple[Any, ...]:
+        """Run the steps and return the loop's results."""
+        self.last = Solution(self.loop.trip_count, Certificate.SEQUENTIAL, completed=self.loop.trip_count)
+        return run_in_order(self.loop, operands)
+
+    def extra_repr(self) -> str:
+        """Show the trip count."""
+        return f"trip_count={self.loop.trip_count}"
