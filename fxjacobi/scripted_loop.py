@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fxjacobi.certificate import Certificate, Solution
-from fxjacobi.loops import Loop
+from fxjacobi.loops import Loop, Stacked
 from fxjacobi.torchscript import NotScriptableError, ScriptedSteps, script_loop
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ScriptedLoop", "run_in_order", "scripted_steps"]
+__all__ = ["ScriptedLoop", "run_in_order", "scripted_steps", "stacking"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +31,17 @@ def scripted_steps(loop: Loop) -> ScriptedSteps | None:
             _log.info("a loop of %d steps stays in Python: %s", loop.trip_count, refusal)
             _known[loop] = None
     return _known[loop]
+
+
+_every: weakref.WeakKeyDictionary[Loop, dict[tuple[int, ...], Loop]] = weakref.WeakKeyDictionary()
+
+
+def stacking(loop: Loop, outputs: tuple[int, ...]) -> Loop:
+    """Return the loop with other results: these outputs of all steps. The same one each time."""
+    known = _every.setdefault(loop, {})
+    if outputs not in known:
+        known[outputs] = Loop(loop.body, loop.trip_count, loop.bindings, [Stacked(o) for o in outputs])
+    return known[outputs]
 
 
 def run_in_order(loop: Loop, operands: Sequence[Any]) -> tuple[Any, ...]:

@@ -88,64 +88,84 @@ def solve(
 @torch.no_grad()
 def solve_system(system: System, method: Method, contract: Contract, guess: Guess) -> Solved:
     """:func:`solve` for a system that is there already, with a method that is lawful for it."""
-    iterate, prefixes, window = _swept_in_windows(system, method, contract, guess)
-    if not prefixes:
-        solved = _complete(system, iterate.states, {}, 0, Solution(0, Certificate.SEQUENTIAL))
+    swept = _swept_in_windows(system, method, contract, guess)
+    if not swept.prefixes:
+        solved = _complete(system, swept.iterate.states, {}, 0, Solution(0, Certificate.SEQUENTIAL))
     else:
-        solved = _checked(system, method, iterate, contract, prefixes)
-    window = min(window, system.rows_limit)
-    return solved if window >= system.steps else replace(solved, solution=replace(solved.solution, window=window))
+        solved = _checked(system, method, swept.iterate, contract, swept.prefixes)
+    window = min(swept.window, system.rows_limit)
+    some = min(swept.active, default=0) < max(swept.active, default=0)
+    return replace(
+        solved,
+        solution=replace(
+            solved.solution,
+            window=window if window < system.steps else None,
+            active=swept.active if some else (),
+        ),
+    )
 
 
-def _swept_in_windows(
-    system: System, method: Method, contract: Contract, guess: Guess
-) -> tuple[Iterate, tuple[int, ...], int]:
-    """Sweep all steps together, or window after window where memory does not allow it.
+@dataclass(frozen=True, slots=True)
+class _Swept:
+    """Where sweeps came to, the prefix after each and the samples that each ran, and the steps solved together."""
 
-    Returns:
-        The iterate, the prefix after each sweep, and the steps of a window.
-    """
+    iterate: Iterate
+    prefixes: tuple[int, ...]
+    active: tuple[int, ...]
+    window: int
+
+
+def _swept_in_windows(system: System, method: Method, contract: Contract, guess: Guess) -> _Swept:
+    """Sweep all steps together, or window after window where memory does not allow it."""
     window = _window(system, method)
     states = guess.states(system)
-    start, prefixes = 0, list[int]()
+    if window < system.steps:
+        states = _own(states)
+    start, prefixes, active = 0, list[int](), list[int]()
     while True:
         stop = min(system.steps, start + window)
-        whole = start == 0 and stop == system.steps
-        part = system if whole else system.between(start, stop, states)
+        part = system if stop - start == system.steps else system.between(start, stop, states)
         some = part.base() if isinstance(guess, Base) else tuple(s[start:stop] for s in states)
         left = None if contract.max_sweeps is None else max(0, contract.max_sweeps - len(prefixes))
         try:
-            iterate, swept = _swept(part, method, replace(contract, max_sweeps=left), some)
+            swept = _swept(part, method, replace(contract, max_sweeps=left), some)
         except torch.OutOfMemoryError:
             if stop - start == 1:
                 logger.info("%s: one step does not fit in memory; completing in order", method.name)
-                return Iterate(states, start), (*prefixes, start), 1
-            window = (stop - start + 1) // 2
+                return _Swept(Iterate(states, start), (*prefixes, start), tuple(active), 1)
+            window, states = (stop - start + 1) // 2, _own(states)
             logger.info("%s: %d steps do not fit in memory; going on with %d", method.name, stop - start, window)
             continue
-        if whole:
-            return iterate, swept, window
-        prefixes += [start + p for p in swept]
-        states = tuple(torch.cat([s[:start], i, s[stop:]]) for s, i in zip(states, iterate.states, strict=True))
+        if part is system:
+            return swept
+        iterate = swept.iterate
+        prefixes += [start + p for p in swept.prefixes]
+        active += swept.active
+        if part.rows_limit < stop - start:
+            system.rows_limit = min(system.rows_limit, part.rows_limit)
+        for whole, piece in zip(states, iterate.states, strict=True):
+            whole[start:stop] = piece
         if not method.done(iterate, contract):
-            return Iterate(states, start + iterate.prefix), tuple(prefixes), window
+            return _Swept(Iterate(states, start + iterate.prefix), tuple(prefixes), tuple(active), window)
         if stop == system.steps:
-            return Iterate(states, stop, 0.0), tuple(prefixes), window
+            return _Swept(Iterate(states, stop, 0.0), tuple(prefixes), tuple(active), window)
         start = stop
+
+
+def _own(states: States) -> States:
+    return tuple(s.clone(memory_format=torch.contiguous_format) for s in states)
 
 
 def _window(system: System, method: Method) -> int:
     """Return how many steps the method may solve together within the memory limit, one at least."""
-    if system.memory_limit is None:
-        return system.steps
-    if method.bytes_per_step(system.loop, StateSize.of(system.loop, 1)) == 0:
+    if system.memory_limit is None or method.bytes_per_step(system.loop, StateSize.of(system.loop, 1)) == 0:
         return system.steps
     own = method.bytes_per_step(system.loop, StateSize.of(system.loop, batch_size(system)))
-    return max(1, min(system.steps, system.memory_limit // max(1, own)))
+    return max(1, min(system.steps, system.memory_limit // own))
 
 
-def _swept(system: System, method: Method, contract: Contract, states: States) -> tuple[Iterate, tuple[int, ...]]:
-    """Return the iterate that ``method`` comes to from ``states``, and the prefix after each sweep."""
+def _swept(system: System, method: Method, contract: Contract, states: States) -> _Swept:
+    """Sweep from ``states`` until ``method`` is done, its bound is reached, or it gets nowhere."""
     bound = system.steps if contract.max_sweeps is None else min(contract.max_sweeps, system.steps)
     if isinstance(method, Affine):
         bound = max(bound, 1)
@@ -155,7 +175,10 @@ def _swept(system: System, method: Method, contract: Contract, states: States) -
     while not method.done(iterate, contract) and len(trace.prefixes) < bound and not trace.stalled:
         iterate = samples.step(method, iterate) if samples is not None else method.step(system, iterate, contract)
         trace.add(iterate)
-    return samples.thawed(iterate) if samples is not None else iterate, tuple(trace.prefixes)
+    prefixes = tuple(trace.prefixes)
+    if samples is None:
+        return _Swept(iterate, prefixes, (), system.steps)
+    return _Swept(samples.thawed(iterate), prefixes, tuple(samples.counts), system.steps)
 
 
 class _Trace:

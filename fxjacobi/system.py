@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from fxjacobi.batched_body import Batch, BatchedBody
+from fxjacobi.constants import constant
 from fxjacobi.footprint import row_bytes
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
+from fxjacobi.scripted_loop import scripted_steps, stacking
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -230,6 +232,16 @@ class System:
         Returns:
             The trajectory, and the stacked outputs that are results but no state.
         """
+        outputs_of = (*self.components, *self.others)
+        steps = scripted_steps(stacking(self.loop, outputs_of)) if prefix < self.steps else None
+        if steps is not None:
+            before = [
+                self._before(binding, states, prefix) for binding in self.loop.bindings if isinstance(binding, Carried)
+            ]
+            known = [*(s[:prefix] for s in states), *(others[o][:prefix] if prefix else None for o in self.others)]
+            found = steps.resume(self.operands, prefix, before)
+            whole = [f if k is None or not prefix else torch.cat([k, f]) for k, f in zip(known, found, strict=True)]
+            return tuple(whole[: len(states)]), dict(zip(self.others, whole[len(states) :], strict=True))
         done: dict[int, list[torch.Tensor]] = {
             o: list(v[:prefix]) for o, v in zip(self.components, states, strict=True)
         }
@@ -240,6 +252,13 @@ class System:
             for output, values in (*done.items(), *rest.items()):
                 values.append(outputs[output])
         return tuple(torch.stack(done[c]) for c in self.components), {o: torch.stack(v) for o, v in rest.items()}
+
+    def _before(self, carry: Carried, states: States, start: int) -> list[torch.Tensor]:
+        """The values that a carry reads at steps ``start .. start + distance - 1``, as far as they are known."""
+        values = states[self.components.index(carry.output)]
+        read = range(start - carry.distance, start)
+        return [values[t] if t >= 0 else self.operands[carry.init[t + carry.distance]]
+                for t in read if t >= 0 or t + carry.distance < len(carry.init)]  # fmt: skip
 
     def single(self, states: States, step: int) -> list[Any]:
         """Return the body's arguments at one step of a trajectory, as the loop binds them."""
@@ -285,4 +304,4 @@ def _scan_view(operand: torch.Tensor, dim: int, indices: list[int]) -> torch.Ten
     if stride > 0 and at == list(range(at[0], at[0] + stride * len(at), stride)):
         index = [slice(None)] * (dim % operand.dim()) + [slice(at[0], at[-1] + 1, stride)]
         return operand[tuple(index)].movedim(dim, 0)
-    return operand.index_select(dim, torch.tensor(at, device=operand.device)).movedim(dim, 0)
+    return operand.index_select(dim, constant(at, device=operand.device)).movedim(dim, 0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
+from fxjacobi.footprint import row_bytes
 from fxjacobi.linearity import affinity
 from fxjacobi.methods.associative_scan import affine_scan
 from fxjacobi.methods.jacobian import batch_size, full, linear_part, windows
@@ -66,4 +67,4 @@ class Affine(Method):
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
         found = affinity(loop)
         diagonal = found is not None and found.diagonal
-        return 6 * size.bytes if diagonal else size.jacobian_bytes
+        return (6 * size.bytes if diagonal else size.jacobian_bytes) + row_bytes(loop)

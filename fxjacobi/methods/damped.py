@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
+from fxjacobi.footprint import row_bytes
 from fxjacobi.methods.associative_scan import Elements, affine_scan, strided_scan
 from fxjacobi.methods.jacobian import batch_size, diagonals, nearest_carry, windows
 from fxjacobi.methods.linearised import advance, has_float_state
@@ -108,7 +109,7 @@ class Damped(Method):
     @override
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
         # The scan of 2x2 matrices: their entries, and those of its halves.
-        return 20 * size.bytes
+        return 20 * size.bytes + row_bytes(loop)
 
 
 def _merit(states: States, values: States) -> float:

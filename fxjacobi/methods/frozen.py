@@ -103,6 +103,11 @@ class Samples:
     Args:
         system: The equations of the whole batch.
         contract: A tolerance; in the exact contract a smaller batch may round otherwise.
+
+    Attributes:
+        system: The equations that the next sweep evaluates.
+        active: Numbers of the samples that are left; ``None``: all.
+        counts: How many samples each sweep evaluated.
     """
 
     def __init__(self, system: System, contract: Contract) -> None:
@@ -110,6 +115,7 @@ class Samples:
         self.system = system
         self.contract = contract
         self.active: torch.Tensor | None = None
+        self.counts: list[int] = []
         self._states: States | None = None
         self._sweeps = 0
 
@@ -126,6 +132,7 @@ class Samples:
         if self.active is not None and method.moves_on(iterate):
             iterate = self.thawed(iterate)
         after = method.step(self.system, iterate, self.contract)
+        self.counts.append(after.states[0].shape[1])
         self._sweeps += 1
         moved = method.moved(iterate, after) if self._sweeps % _EVERY == 0 and after.update > 1.0 else None
         return after if moved is None else self._frozen(method, after, *moved)

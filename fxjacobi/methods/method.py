@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -96,8 +98,17 @@ class Method(ABC):
 
     @property
     def name(self) -> str:
-        """The method with its options, as a plan prints it."""
-        return repr(self)
+        """The method with its size and the options that differ from their defaults, as a plan prints it."""
+        options: list[str] = []
+        every: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self)  # type: ignore[arg-type]
+        for field in every:
+            value = getattr(self, field.name)
+            if field.name in ("chunk", "window"):
+                options.append(str(value))
+            elif value != field.default:
+                options.append(f"{field.name}={value}")
+        word = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        return f"{word}({', '.join(options)})" if options else word
 
     @abstractmethod
     def applies(self, loop: Loop) -> bool:
@@ -131,5 +142,8 @@ class Method(ABC):
         return False
 
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:  # noqa: ARG002 - for subclasses
-        """Return the bytes that a sweep holds for each step, beside two trajectories and evaluations in ranges."""
+        """Return the bytes that a sweep holds for each step, beside two trajectories and evaluations in ranges.
+
+        Derivatives take an evaluation's memory once more.
+        """
         return 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
+from fxjacobi.footprint import row_bytes
 from fxjacobi.methods.associative_scan import matrix_affine_scan
 from fxjacobi.methods.jacobian import batch_size, full, windows
 from fxjacobi.methods.linearised import advance, flattened, has_float_state, unflattened
@@ -58,7 +59,7 @@ class Newton(Method):
 
     @override
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
-        return size.jacobian_bytes
+        return size.jacobian_bytes + row_bytes(loop)
 
 
 def solve_linear(states: States, values: States, jacobian: torch.Tensor) -> States:

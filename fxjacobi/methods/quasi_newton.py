@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
+from fxjacobi.footprint import row_bytes
 from fxjacobi.methods.jacobian import batch_size, diagonals, windows
 from fxjacobi.methods.linearised import advance, has_float_state, scan_diagonal
 from fxjacobi.methods.method import Contract, Iterate, Method
@@ -66,4 +67,4 @@ class QuasiNewton(Method):
 
     @override
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
-        return 6 * size.bytes
+        return 6 * size.bytes + row_bytes(loop)

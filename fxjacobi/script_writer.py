@@ -1,0 +1,379 @@
+"""TorchScript source of graphs and loops, written top down: each node of a graph becomes one line."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxjacobi import ops
+from fxjacobi.graph import TensorSpec
+from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["NotScriptableError", "ScriptWriter"]
+
+
+class NotScriptableError(Exception):
+    """The graph holds something that TorchScript cannot express; the message says what."""
+
+
+_HELPERS = """
+def fxjacobi_restride(value: Tensor, stride: List[int]) -> Tensor:
+    part = value
+    for dim in range(len(stride)):
+        if stride[dim] == 0 and value.size(dim) > 1:
+            part = part.narrow(dim, 0, 1)
+    result = torch.empty_strided(part.shape, stride, dtype=value.dtype, device=value.device)
+    return result.copy_(part).expand(value.shape)
+
+def fxjacobi_copy(base: Tensor) -> Tensor:
+    unit = max(1, 64 // base.element_size())
+    phase = int(base.storage_offset()) % unit
+    if phase == 0 or not base.is_contiguous():
+        return base.clone()
+    memory = torch.empty([phase + base.numel()], dtype=base.dtype, device=base.device)
+    return memory[phase:].view(base.shape).copy_(base)
+"""
+
+_OWN = frozenset(
+    f"aten::{name}"
+    for name in (
+        "__range_length",
+        "__derive_index",
+        "__getitem__.t",
+        "append.t",
+        "eq.int",
+        "add.int",
+        "mul.int",
+        "copy_",
+    )
+)
+"""What the text around the graph's operations comes to."""
+
+_LARGEST_DISTANCE = 16
+"""Registers that a carry may take; loops that reach further back stay in Python."""
+
+_TENSOR_TO_SCALAR = {
+    f"aten::{name}.Tensor": f"aten::{name}.Scalar"
+    for name in ("add", "sub", "mul", "div", "rsub", "eq", "ne", "lt", "le", "gt", "ge", "remainder", "fmod",
+                 "bitwise_and", "bitwise_or", "bitwise_xor", "floor_divide")
+}  # fmt: skip
+"""Overloads that Python calls with a number, which it wraps into a tensor, as the ``Scalar`` ones do in C++."""
+
+
+def _require_tensor(node: fx.Node) -> None:
+    if not isinstance(node.meta.get("spec"), TensorSpec) and not isinstance(node.meta.get("val"), torch.Tensor):
+        raise NotScriptableError(f"{node.name} is no tensor")
+
+
+class ScriptWriter:
+    """Source text of one function, written from the top.
+
+    A value of a graph is the name of its variable, a :class:`_Constant`, or a list of these where a nested graph
+    returned several.
+    """
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._parameters: list[str] = []
+        self._constants: list[tuple[str, str]] = []
+        self._constant_lines: dict[str, str] = {}
+        self._depth = 1
+        self._names = 0
+        self._wanted: Counter[str] = Counter()
+        self._numbers: set[str] = set()
+        """Expressions that are numbers."""
+
+    # -- the pieces -----------------------------------------------------------------------------------------------
+
+    def parameter(self, kind: str) -> str:
+        """Add a parameter of a TorchScript type and return its name."""
+        name = self._name()
+        self._parameters.append(f"{name}: {kind}")
+        return name
+
+    def _name(self) -> str:
+        self._names += 1
+        return f"v{self._names}"
+
+    def _line(self, text: str) -> None:
+        self._lines.append("    " * self._depth + text)
+
+    def _constant(self, kind: str, text: str) -> str:
+        """A list that is built once a call, before all loops."""
+        key = f"{kind} = {text}"
+        if key not in self._constant_lines:
+            self._constant_lines[key] = self._name()
+        return self._constant_lines[key]
+
+    def tensor_of(self, value: Any) -> str:
+        """Return the name of a value that must be a tensor."""
+        if not isinstance(value, str):
+            raise NotScriptableError(f"an output is {value!r}, no tensor")
+        return value
+
+    def finish(self, outputs: Sequence[str]) -> Callable[..., Any]:
+        """Compile, and check that every operation became the overload that the graph names."""
+        head = f"def run({', '.join(self._parameters)}) -> List[Tensor]:"
+        constants = [f"    {name}: {key}" for key, name in self._constant_lines.items()]
+        text = "\n".join([head, *constants, *self._lines, f"    return [{', '.join(outputs)}]"])
+        try:
+            unit = torch.jit.CompilationUnit(f"{_HELPERS}\n{text}\n")
+        except RuntimeError as error:
+            raise NotScriptableError(f"TorchScript does not take it: {str(error).strip().splitlines()[0]}") from error
+        function: Callable[..., Any] = unit.run
+        found = _overloads(function.graph)  # type: ignore[attr-defined]
+        for name, count in found.items():
+            # What nobody reads is left out; what nobody asked for is another overload.
+            if count > self._wanted[name] and name not in _OWN:
+                raise NotScriptableError(f"an operation resolves to another overload, {name}")
+        return function
+
+    # -- a graph --------------------------------------------------------------------------------------------------
+
+    def graph(self, module: fx.GraphModule, arguments: Sequence[Any]) -> list[Any]:
+        """Write the graph's operations; ``arguments`` and the result hold names (``str``) or Python constants."""
+        values: dict[fx.Node, Any] = {}
+        rest = iter(arguments)
+        for node in module.graph.nodes:
+            match node.op:
+                case "placeholder":
+                    values[node] = next(rest)
+                case "call_function":
+                    values[node] = self._call(node, values)
+                case "call_module":
+                    inner = module.get_submodule(str(node.target))
+                    given = [values[a] if isinstance(a, fx.Node) else _Constant(a) for a in node.args]
+                    values[node] = self._inner(inner, given)
+                case "output":
+                    return [values[a] if isinstance(a, fx.Node) else _Constant(a) for a in node.args[0]]
+                case _:
+                    raise NotScriptableError(f"{node.op} {node.target}")
+        raise NotScriptableError("the graph has no output")
+
+    def _inner(self, inner: torch.nn.Module, given: list[Any]) -> list[Any]:
+        if isinstance(inner, fx.GraphModule):
+            return self.graph(inner, given)
+        loop = inner if isinstance(inner, Loop) else getattr(inner, "in_order", None)
+        if isinstance(loop, Loop):
+            if any(isinstance(b, Scanned) and b.owned for b in loop.bindings):
+                raise NotScriptableError("a loop inside another owns a stack")
+            names = {i: self.tensor_of(g) for i, g in enumerate(given)}
+            return list(self.loop(loop, names, [self._registers(b, names) for b in loop.bindings], "0"))
+        raise NotScriptableError(f"it holds a {type(inner).__name__}")
+
+    def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        target = node.target
+        if target is operator.getitem:
+            source, index = node.args
+            whole = values[source]  # type: ignore[index]
+            if isinstance(whole, list):
+                return whole[index]  # type: ignore[index]
+            return self._bind(f"{whole}[{index}]")
+        if target is ops.write:
+            return self._write(node, values)
+        if target is ops.restride:
+            value, stride = node.args
+            return self._bind(f"fxjacobi_restride({self._argument(value, values)}, {_text(stride)})")
+        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+            raise NotScriptableError(f"{getattr(target, '__name__', target)} has no TorchScript form")
+        schema = target._schema
+        if torch.Tag.nondeterministic_seeded in target.tags or schema.is_mutable:
+            raise NotScriptableError(f"{target} draws or writes")
+        arguments = [self._argument(a, values) for a in node.args]
+        arguments += [f"{name}={self._argument(value, values)}" for name, value in node.kwargs.items()]
+        self._wanted[self._overload(target, node, values)] += 1
+        name = schema.name.removeprefix("aten::")
+        return self._bind(f"torch.ops.aten.{name}({', '.join(arguments)})")
+
+    def _overload(self, target: torch._ops.OpOverload, node: fx.Node, values: dict[fx.Node, Any]) -> str:
+        schema = target._schema
+        name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+        second = node.args[1] if len(node.args) > 1 else None
+        second = values[second] if isinstance(second, fx.Node) else second
+        second = second.value if isinstance(second, _Constant) else second
+        number = isinstance(second, (int, float, complex)) or (isinstance(second, str) and second in self._numbers)
+        return _TENSOR_TO_SCALAR.get(name, name) if number else name
+
+    def _bind(self, expression: str) -> str:
+        name = self._name()
+        self._line(f"{name} = {expression}")
+        return name
+
+    def _argument(self, value: Any, values: dict[fx.Node, Any]) -> str:
+        if isinstance(value, fx.Node):
+            found = values[value]
+            if isinstance(found, _Constant):
+                return _text(found.value)
+            if isinstance(found, list):
+                raise NotScriptableError("a tuple is an argument")
+            return str(found)
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(self._argument(v, values) for v in value)}]"
+        return _text(value)
+
+    def _write(self, node: fx.Node, values: dict[fx.Node, Any]) -> str:
+        base, value, index = node.args
+        if not isinstance(value, fx.Node) or not isinstance(index, (tuple, list)):
+            raise NotScriptableError("a write of a number")
+        name = self._bind(f"fxjacobi_copy({self._argument(base, values)})")
+        part, dim = name, 0
+        for entry in index:
+            if entry is None:
+                dim += 1
+            elif isinstance(entry, (tuple, list)):
+                start, stop, step = (self._argument(e, values) for e in entry)
+                part = self._bind(f"torch.ops.aten.slice({part}, {dim}, {start}, {stop}, {step})")
+                dim += 1
+            else:
+                part = self._bind(f"torch.ops.aten.select({part}, {dim}, {self._argument(entry, values)})")
+        self._wanted["aten::slice.Tensor"] += sum(isinstance(e, (tuple, list)) for e in index)
+        self._wanted["aten::select.int"] += sum(not isinstance(e, (tuple, list)) and e is not None for e in index)
+        self._line(f"{part}.copy_({self._argument(value, values)})")
+        return name
+
+    # -- a loop ---------------------------------------------------------------------------------------------------
+
+    def loop(self, loop: Loop, operands: dict[int, str], registers: list[list[str]], start: str) -> list[str]:
+        """Write the loop and return the names of its results.
+
+        Args:
+            loop: The loop.
+            operands: Names by index.
+            registers: For each carried binding, variables with the values of the steps before, the oldest first.
+            start: The first step.
+        """
+        if any(len(names) > _LARGEST_DISTANCE for names in registers):
+            raise NotScriptableError(f"a carry reaches more than {_LARGEST_DISTANCE} steps back")
+        stacked = {r.output: self._name() for r in loop.results if isinstance(r, Stacked)}
+        kept = {r: self._name() for r in loop.results if isinstance(r, Step)}
+        for name in (*stacked.values(), *kept.values()):
+            self._line(f"{name}: List[Tensor] = []")
+        tables = {
+            b: self._bind(f"[{', '.join(operands[o] for o in b.operands)}]")
+            for b in loop.bindings
+            if isinstance(b, Table)
+        }
+        t = self._name()
+        self._line(f"for {t} in range({start}, {loop.trip_count}):")
+        self._depth += 1
+        placeholders = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
+        arguments: list[Any] = []
+        for placeholder, binding, carried in zip(placeholders, loop.bindings, registers, strict=True):
+            match binding:
+                case Carried():
+                    arguments.append(carried[0])
+                case Scanned(operand, dim, indices):
+                    _require_tensor(placeholder)
+                    index = self._indices(indices, t)
+                    self._wanted["aten::select.int"] += 1
+                    arguments.append(self._bind(f"torch.ops.aten.select({operands[operand]}, {dim}, {index})"))
+                case Table():
+                    _require_tensor(placeholder)
+                    arguments.append(self._bind(f"{tables[binding]}[{t}]"))
+                case Literal(values):
+                    literal = self._literal(values, t)
+                    if isinstance(literal, str):
+                        self._numbers.add(literal)
+                    arguments.append(literal)
+                case Invariant(operand):
+                    _require_tensor(placeholder)
+                    arguments.append(operands[operand])
+        outputs = self.graph(loop.body, arguments)
+        for output, name in stacked.items():
+            self._line(f"{name}.append({self.tensor_of(outputs[output])})")
+        for result, name in kept.items():
+            assert isinstance(result, Step)
+            self._line(f"if {t} == {result.step}:")
+            self._line(f"    {name}.append({self.tensor_of(outputs[result.output])})")
+        self._shift(loop, registers, outputs)
+        self._depth -= 1
+        self._wanted["aten::stack"] += len(stacked)
+        whole = {output: self._bind(f"torch.ops.aten.stack({name})") for output, name in stacked.items()}
+        single = {result: self._bind(f"{name}[0]") for result, name in kept.items()}
+        return [whole[r.output] if isinstance(r, Stacked) else single[r] for r in loop.results]
+
+    def _registers(self, binding: Any, operands: dict[int, str]) -> list[str]:
+        """Variables for the values before an inner loop; none for what is not carried."""
+        if not isinstance(binding, Carried):
+            return []
+        before = [operands[o] for o in binding.init]
+        return [self._bind(before[min(i, len(before) - 1)]) for i in range(binding.distance)]
+
+    def _shift(self, loop: Loop, registers: list[list[str]], outputs: list[Any]) -> None:
+        every = {name for names in registers for name in names}
+        new: list[tuple[str, str]] = []
+        for binding, names in zip(loop.bindings, registers, strict=True):
+            if isinstance(binding, Carried):
+                # An output may itself be a register: all are read before any is overwritten.
+                source = self.tensor_of(outputs[binding.output])
+                new.append((names[-1], self._bind(source) if source in every else source))
+        for names in registers:
+            for older, newer in pairwise(names):
+                self._line(f"{older} = {newer}")
+        for name, source in new:
+            self._line(f"{name} = {source}")
+
+    def _indices(self, indices: Sequence[int], t: str) -> str:
+        at = list(indices)
+        step = at[1] - at[0] if len(at) > 1 else 1
+        if at == [at[0] + i * step for i in range(len(at))]:
+            return t if (at[0], step) == (0, 1) else f"{at[0]} + {step} * {t}"
+        return f"{self._constant('List[int]', str(at))}[{t}]"
+
+    def _literal(self, values: Sequence[Any], t: str) -> Any:
+        kinds = {type(v) for v in values}
+        if all(v == values[0] and type(v) is type(values[0]) for v in values):
+            return _Constant(values[0])
+        if kinds == {int}:
+            return self._indices(values, t)
+        if kinds in ({float}, {bool}):
+            (kind,) = kinds
+            return f"{self._constant(f'List[{kind.__name__}]', _text(list(values)))}[{t}]"
+        raise NotScriptableError(f"a literal that is {' or '.join(sorted(k.__name__ for k in kinds))} by the step")
+
+
+class _Constant:
+    """A Python value in the place of a node."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _text(value: Any) -> str:
+    """Return TorchScript source of a Python constant."""
+    match value:
+        case None | bool() | int():
+            return repr(value)
+        case float():
+            return repr(value) if value == value and abs(value) != float("inf") else f"float('{value}')"
+        case complex():
+            raise NotScriptableError("a complex number")
+        case str():
+            return repr(value)
+        case torch.dtype() | torch.memory_format() | torch.layout():
+            return str(value)
+        case torch.device():
+            return f"torch.device('{value}')"
+        case list() | tuple():
+            return f"[{', '.join(_text(v) for v in value)}]"
+        case _Constant():
+            return _text(value.value)
+    raise NotScriptableError(f"a {type(value).__name__} is an argument")
+
+
+def _overloads(graph: Any) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for node in graph.nodes():
+        if node.kind().startswith("aten::"):
+            found[node.schema().split("(")[0]] += 1
+        for block in node.blocks():
+            found += _overloads(block)
+    return found
