@@ -12,6 +12,7 @@ from torch import fx
 
 from fxjacobi import ops
 from fxjacobi.graph import TensorSpec
+from fxjacobi.in_place import in_place_writes
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
 
 if TYPE_CHECKING:
@@ -76,11 +77,17 @@ def _require_tensor(node: fx.Node) -> None:
 class ScriptWriter:
     """Source text of one function, written from the top.
 
+    With ``in_place``, arrays that a loop carries are written without a copy at each step where nobody can tell
+    (:mod:`fxjacobi.in_place`); autograd can.
+
     A value of a graph is the name of its variable, a :class:`_Constant`, or a list of these where a nested graph
     returned several.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_place: bool = False) -> None:
+        self._in_place = in_place
+        self._reused: set[fx.Node] = set()
+        """Writes that go into the array itself."""
         self._lines: list[str] = []
         self._parameters: list[str] = []
         self._constants: list[tuple[str, str]] = []
@@ -223,7 +230,13 @@ class ScriptWriter:
         base, value, index = node.args
         if not isinstance(value, fx.Node) or not isinstance(index, (tuple, list)):
             raise NotScriptableError("a write of a number")
-        name = self._bind(f"fxjacobi_copy({self._argument(base, values)})")
+        written = self._argument(value, values)
+        if node in self._reused:
+            # The value may be a view of the array.
+            name, written = self._argument(base, values), self._bind(f"{written}.clone()")
+            self._wanted["aten::clone"] += 1
+        else:
+            name = self._bind(f"fxjacobi_copy({self._argument(base, values)})")
         part, dim = name, 0
         for entry in index:
             if entry is None:
@@ -236,7 +249,7 @@ class ScriptWriter:
                 part = self._bind(f"torch.ops.aten.select({part}, {dim}, {self._argument(entry, values)})")
         self._wanted["aten::slice.Tensor"] += sum(isinstance(e, (tuple, list)) for e in index)
         self._wanted["aten::select.int"] += sum(not isinstance(e, (tuple, list)) and e is not None for e in index)
-        self._line(f"{part}.copy_({self._argument(value, values)})")
+        self._line(f"{part}.copy_({written})")
         return name
 
     # -- a loop ---------------------------------------------------------------------------------------------------
@@ -252,6 +265,7 @@ class ScriptWriter:
         """
         if any(len(names) > _LARGEST_DISTANCE for names in registers):
             raise NotScriptableError(f"a carry reaches more than {_LARGEST_DISTANCE} steps back")
+        placeholders = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
         stacked = {r.output: self._name() for r in loop.results if isinstance(r, Stacked)}
         kept = {r: self._name() for r in loop.results if isinstance(r, Step)}
         for name in (*stacked.values(), *kept.values()):
@@ -261,10 +275,14 @@ class ScriptWriter:
             for b in loop.bindings
             if isinstance(b, Table)
         }
+        if self._in_place:
+            for placeholder, writes in in_place_writes(loop).items():
+                self._reused.update(writes)
+                (register,) = registers[placeholders.index(placeholder)]
+                self._line(f"{register} = fxjacobi_copy({register})")
         t = self._name()
         self._line(f"for {t} in range({start}, {loop.trip_count}):")
         self._depth += 1
-        placeholders = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
         arguments: list[Any] = []
         for placeholder, binding, carried in zip(placeholders, loop.bindings, registers, strict=True):
             match binding:

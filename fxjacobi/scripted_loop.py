@@ -6,6 +6,7 @@ import logging
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fxjacobi.certificate import Certificate, Solution
@@ -19,18 +20,24 @@ __all__ = ["ScriptedLoop", "run_in_order", "scripted_steps", "stacking"]
 
 _log = logging.getLogger(__name__)
 
-_known: weakref.WeakKeyDictionary[Loop, ScriptedSteps | None] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Loop, dict[bool, ScriptedSteps | None]] = weakref.WeakKeyDictionary()
 
 
-def scripted_steps(loop: Loop) -> ScriptedSteps | None:
-    """Return the loop's steps as one call, written once in the loop's lifetime; ``None`` where TorchScript cannot say it."""
-    if loop not in _known:
+def scripted_steps(loop: Loop, *, in_place: bool = False) -> ScriptedSteps | None:
+    """Return the loop's steps as one call, written once in the loop's lifetime; ``None`` where TorchScript cannot say it.
+
+    Args:
+        loop: The loop.
+        in_place: Write the arrays that it carries in place: not for autograd.
+    """
+    known = _known.setdefault(loop, {})
+    if in_place not in known:
         try:
-            _known[loop] = script_loop(loop)
+            known[in_place] = script_loop(loop, in_place=in_place)
         except NotScriptableError as refusal:
             _log.info("a loop of %d steps stays in Python: %s", loop.trip_count, refusal)
-            _known[loop] = None
-    return _known[loop]
+            known[in_place] = None
+    return known[in_place]
 
 
 _every: weakref.WeakKeyDictionary[Loop, dict[tuple[int, ...], Loop]] = weakref.WeakKeyDictionary()
@@ -46,7 +53,8 @@ def stacking(loop: Loop, outputs: tuple[int, ...]) -> Loop:
 
 def run_in_order(loop: Loop, operands: Sequence[Any]) -> tuple[Any, ...]:
     """Return the loop's results, by Gauss-Seidel, the fastest way there is."""
-    steps = scripted_steps(loop)
+    gradients = torch.is_grad_enabled() and any(isinstance(o, torch.Tensor) and o.requires_grad for o in operands)
+    steps = scripted_steps(loop, in_place=not gradients)
     results: tuple[Any, ...] = loop(*operands) if steps is None else steps(loop.align(operands))
     return results
 

@@ -41,13 +41,17 @@ def script_graph(module: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
     return lambda *values: _run(function, values)
 
 
-def script_loop(loop: Loop) -> ScriptedSteps:
+def script_loop(loop: Loop, *, in_place: bool = False) -> ScriptedSteps:
     """Return the loop's steps as one call.
+
+    Args:
+        loop: The loop.
+        in_place: Write the arrays that it carries in place where only autograd could tell.
 
     Raises:
         NotScriptableError: See the class.
     """
-    writer = ScriptWriter()
+    writer = ScriptWriter(in_place=in_place)
     used = sorted({o for b in loop.bindings if not isinstance(b, Carried) for o in _operands_of(b)})
     names = {o: writer.parameter("Tensor") for o in used}
     start = writer.parameter("int")
