@@ -7,22 +7,25 @@ Sequential is always a candidate; a method that had to fall back, or that is slo
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 from fxjacobi.certificate import Certificate
+from fxjacobi.device.step_graphs import step_graphs
 from fxjacobi.loops import Carried, Kind, Loop
 from fxjacobi.methods.affine import Affine
 from fxjacobi.methods.anderson import Anderson
-from fxjacobi.methods.candidates import candidates
+from fxjacobi.methods.candidates import candidates, sized
 from fxjacobi.methods.chunked import Chunked
 from fxjacobi.methods.damped import Damped
 from fxjacobi.methods.jacobi import Jacobi
+from fxjacobi.methods.memory_length import memory_length
 from fxjacobi.methods.method import Contract
 from fxjacobi.methods.newton import Newton
 from fxjacobi.methods.picard import Picard
@@ -32,13 +35,15 @@ from fxjacobi.methods.windowed import Windowed
 from fxjacobi.ops import write
 from fxjacobi.passes.replace_blocks import replace_blocks
 from fxjacobi.plan import Candidate
+from fxjacobi.progress import bar
 from fxjacobi.scripted_loop import run_in_order, scripted_steps
-from fxjacobi.solve import lawful
+from fxjacobi.solve import TrialError, lawful
 from fxjacobi.solved_loop import SolvedLoop
 from fxjacobi.system import System
+from fxjacobi.timing import started
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fxjacobi.methods.method import Method
     from fxjacobi.options import Options
@@ -64,6 +69,16 @@ _OTHER_CONTRACT = 1e-5
 
 _SHORTEST = 32
 """Steps under which no method was seen to gain on a recurrence."""
+
+
+_CALLS = 10
+"""Calls of the loop in order that measuring its candidates may take, within the budget ..."""
+
+_LEAST_S = 0.25
+"""... and seconds that it may take in any case: tracing a body once takes some milliseconds, however short the loop."""
+
+_SILENT_S = 2.0
+"""Seconds of measuring after which a terminal shows a bar."""
 
 
 class _AllChosenError(Exception):
@@ -103,18 +118,19 @@ def choose_methods(
             chosen[id(loop)] = Chosen(decision.method(place), "as in the saved plan")
         return _with_methods(module, chosen, options), chosen
     deadline = time.perf_counter() + options.budget_s
+    measuring = bar("measuring methods", after_s=_SILENT_S)
 
     class _Measure(fx.Interpreter):
         def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             block = self.fetch_attr(target)
             if isinstance(block, Loop) and block.kind is Kind.RECURRENCE and id(block) not in chosen:
                 share = max(0.0, deadline - time.perf_counter()) / (len(loops) - len(chosen))
-                chosen[id(block)] = _choose(block, args, options, share)
+                chosen[id(block)] = _choose(block, args, options, share, tick)
                 if len(chosen) == len(loops):
                     raise _AllChosenError  # what comes after them need not be computed
             return super().call_module(target, args, kwargs)
 
-    with torch.no_grad(), contextlib.suppress(_AllChosenError):
+    with torch.no_grad(), contextlib.suppress(_AllChosenError), measuring as tick:
         _Measure(module).run(*operands)
 
     return _with_methods(module, chosen, options), chosen
@@ -144,7 +160,7 @@ def _worth(loop: Loop) -> bool:
     return loop.trip_count >= _SHORTEST
 
 
-def _choose(loop: Loop, operands: Sequence[Any], options: Options, seconds: float) -> Chosen:
+def _choose(loop: Loop, operands: Sequence[Any], options: Options, seconds: float, tick: Callable[[], None]) -> Chosen:
     contract = Contract(options.rtol, options.atol)
     if options.method != "auto":
         return _forced(loop, operands, options, contract)
@@ -152,11 +168,13 @@ def _choose(loop: Loop, operands: Sequence[Any], options: Options, seconds: floa
         return Chosen(Sequential(), f"only {loop.trip_count} steps")
     sequential = _sequential_s(loop, operands, seconds / 4)
     stated = Candidate("sequential", sequential, loop.trip_count, note="the ordinary order")
+    tick()
     if options.exact:
         reason = "each step needs the one before, and batched rounding would change bits"
         gain = _would_gain(loop, operands, sequential, seconds / 2)
         return Chosen(Sequential(), reason, (stated,), gain)
-    method, best, measured = _fastest(loop, operands, contract, options, sequential, seconds)
+    seconds = min(seconds, max(_LEAST_S, _CALLS * sequential))
+    method, best, measured = _fastest(loop, operands, contract, options, sequential, seconds, tick)
     if isinstance(method, Sequential):
         return Chosen(method, "no lawful method was faster than the ordinary order", (stated, *measured))
     reason = f"{sequential / best:.1f} times faster than its {loop.trip_count} steps in order"
@@ -165,24 +183,30 @@ def _choose(loop: Loop, operands: Sequence[Any], options: Options, seconds: floa
 
 def _sequential_s(loop: Loop, operands: Sequence[Any], seconds: float) -> float:
     """The time of all steps in order, as they will run where nothing else is faster."""
-    if scripted_steps(loop) is not None:
+    if step_graphs(loop) is not None or scripted_steps(loop) is not None:
         run_in_order(loop, operands)  # its first call is slower
-        begun = time.perf_counter()
+        clock = started()
         run_in_order(loop, operands)
-        return time.perf_counter() - begun
+        return clock()
     # In Python, from as many steps as fit into ``seconds`` (at least 16).
     aligned = loop.align(operands)
     outputs: list[Sequence[Any]] = []
-    begun = time.perf_counter()
+    clock, begun = started(), time.perf_counter()
     for step in range(loop.trip_count):
         outputs.append(loop.body(*loop.bind(aligned, step, outputs)))
         if step >= 15 and time.perf_counter() - begun > seconds:
             break
-    return (time.perf_counter() - begun) * loop.trip_count / len(outputs)
+    return clock() * loop.trip_count / len(outputs)
 
 
 def _fastest(
-    loop: Loop, operands: Sequence[Any], contract: Contract, options: Options, sequential: float, seconds: float
+    loop: Loop,
+    operands: Sequence[Any],
+    contract: Contract,
+    options: Options,
+    sequential: float,
+    seconds: float,
+    tick: Callable[[], None],
 ) -> tuple[Method, float, list[Candidate]]:
     deadline = time.perf_counter() + seconds
     system = System(loop, tuple(operands), memory_limit=options.memory_limit)
@@ -194,8 +218,11 @@ def _fastest(
         if time.perf_counter() > deadline:
             rows.append(Candidate(method.name, note="not measured: the budget was spent"))
             continue
-        row, time_s = _time(loop, operands, method, contract, options, best[1], deadline)
+        # The likeliest is let finish, so that something is known whatever its first call must trace and compile.
+        trial = replace(contract, trial_until=deadline if rows else math.inf)
+        row, time_s = _time(loop, operands, method, trial, options, best[1], deadline)
         rows.append(row)
+        tick()
         if time_s is not None and time_s < best[1]:
             best = (method, time_s)
     return best[0], best[1], rows
@@ -215,15 +242,18 @@ def _time(
     solved = SolvedLoop(loop, method, contract, guess=options.guess, memory_limit=options.memory_limit)
     times: list[float] = []
     while len(times) < 4:
-        begun = time.perf_counter()
-        solved(*operands)
-        times.append(time.perf_counter() - begun)
+        clock = started()
+        try:
+            solved(*operands)
+        except TrialError as end:
+            return Candidate(method.name, note=str(end)), None
+        times.append(clock())
         if min(times) > 2 * best or time.perf_counter() > deadline:
             break
     last = solved.last
     assert last is not None
     median = statistics.median(times[1:] or times)
-    if last.certificate in (Certificate.FELL_BACK, Certificate.SEQUENTIAL):
+    if last.certificate in (Certificate.FELL_BACK, Certificate.SEQUENTIAL):  # its residual was beyond the tolerance
         return Candidate(method.name, median, last.sweeps, note=last.certificate.value), None
     return Candidate(method.name, median, last.sweeps), median
 
@@ -240,7 +270,8 @@ def _would_gain(loop: Loop, operands: Sequence[Any], sequential: float, seconds:
     from fxjacobi.options import Options
 
     deadline = time.perf_counter() + seconds
-    row, median = _time(loop, operands, likely, contract, Options(rtol=_OTHER_CONTRACT), sequential, deadline)
+    trial = replace(contract, trial_until=deadline)
+    row, median = _time(loop, operands, likely, trial, Options(rtol=_OTHER_CONTRACT), sequential, deadline)
     if median is None or median >= sequential:
         return ""
     return f"exact: sequential; at rtol=1e-5: {row.method}, {sequential / median:.1f}x on this block"
@@ -248,24 +279,15 @@ def _would_gain(loop: Loop, operands: Sequence[Any], sequential: float, seconds:
 
 def _forced(loop: Loop, operands: Sequence[Any], options: Options, contract: Contract) -> Chosen:
     kind = METHOD_OF_NAME[options.method]
-    method: Method | None = None
-    if not options.exact:
-        system = System(loop, tuple(operands), memory_limit=options.memory_limit)
-        method = next(
-            (m for m in candidates(loop, False, system=system, contract=contract) if isinstance(m, kind)), None
-        )
-    method = method if method is not None else _default(kind, loop)
-    if not lawful(method, loop, contract):
+    if not lawful(kind(), loop, contract):
         return Chosen(Sequential(), f"{options.method} was asked for, and is not lawful here under this contract")
+    system = System(loop, tuple(operands), memory_limit=options.memory_limit)
+    likely = candidates(loop, False, system=system, contract=contract) if loop.trip_count > 1 else []
+    method = next((m for m in likely if isinstance(m, kind)), None)
+    if method is None:
+        length = memory_length(system, contract) if kind in (Windowed, Chunked) else None
+        method = sized(kind, loop, length)
     return Chosen(method, f"{options.method} was asked for")
-
-
-def _default(kind: type[Method], loop: Loop) -> Method:
-    if kind is Windowed:
-        return Windowed(min(64, loop.trip_count))
-    if kind is Chunked:
-        return Chunked(max(1, min(32, loop.trip_count // 2)))
-    return kind()
 
 
 def _has_float_state(loop: Loop) -> bool:

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from fxjacobi.adjoint import Adjoint
 from fxjacobi.batched_body import BatchedBody
 from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.device.chunked import ChunkedForm
+from fxjacobi.device.form import Forms
 from fxjacobi.footprint import solve_bytes
 from fxjacobi.loops import Loop, Stacked, Step
 from fxjacobi.methods.guess import Base, Guess, Previous
@@ -66,7 +68,8 @@ class SolvedLoop(nn.Module):
         self.warm_start = warm_start
         self.memory_limit = memory_limit
         self.last = None
-        self.reason = ""
+        self._reason = ""
+        self._forms = Forms(lambda runner, device: ChunkedForm(self, runner, device))
         self._previous: States | None = None
         self._adjoint: Adjoint | None = None
 
@@ -78,8 +81,25 @@ class SolvedLoop(nn.Module):
         if torch.is_grad_enabled() and any(isinstance(o, torch.Tensor) and o.requires_grad for o in operands):
             found: tuple[Any, ...] = _Solve.apply(self, *operands)  # type: ignore[no-untyped-call]
             return found
+        form = self._forms.of(operands)
+        captured = None if form is None else form(operands)
+        if captured is not None:
+            results, self.last = captured
+            return results
         system, solved = self._solve(operands)
-        return system.results(solved.states, solved.others)
+        results = system.results(solved.states, solved.others)
+        if form is not None:
+            form.adopt(system.operands, results)
+        return results
+
+    @property
+    def reason(self) -> str:
+        """Why it is solved so, and what of it is captured on a device."""
+        return self._forms.explain(self._reason)
+
+    @reason.setter
+    def reason(self, reason: str) -> None:
+        self._reason = reason
 
     @property
     def memory_bytes(self) -> int | None:

@@ -15,7 +15,7 @@ from fxjacobi.methods.anderson import Anderson
 from fxjacobi.methods.chunked import Chunked
 from fxjacobi.methods.damped import Damped
 from fxjacobi.methods.jacobi import Jacobi
-from fxjacobi.methods.memory_length import memory_length
+from fxjacobi.methods.memory_length import LONGEST_MEMORY, memory_length
 from fxjacobi.methods.newton import Newton
 from fxjacobi.methods.picard import Picard
 from fxjacobi.methods.quasi_newton import QuasiNewton
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fxjacobi.methods.method import Contract, Method
     from fxjacobi.system import System
 
-__all__ = ["candidates"]
+__all__ = ["candidates", "sized"]
 
 # A dense Jacobian of more elements a sample costs more than any number of sweeps saves.
 _DENSE = 64
@@ -56,11 +56,12 @@ def candidates(
         with torch.no_grad():
             length = memory_length(system, contract)
         # One sweep where the warm-up is as long as the memory; longer chunks do less twice, shorter ones make fewer calls.
-        sized = [] if length is None else [Chunked(c, length) for c in (2 * length, 4 * length, length)]
-        found = [m for m in sized if 2 * m.chunk <= loop.trip_count]
+        # A quarter more, because the memory was measured on a few stretches and every chunk must have forgotten.
+        warm = 0 if length is None else length + length // 4 + 1
+        warmed = [] if length is None else [Chunked(c, warm) for c in (2 * warm, 4 * warm, warm)]
+        found = [m for m in warmed if 2 * m.chunk <= loop.trip_count]
         if not found:
-            size = chunks[-1] if length is None and chunks else max(1, (length or 2) // 2)
-            found = [Chunked(size)] if 2 * size <= loop.trip_count else []
+            found = [sized(Chunked, loop, length)]
         windows = [] if length is None else [w for w in (2 * length,) if w < loop.trip_count]
     linear = affinity(loop)
     small = _state_elements(loop) <= _DENSE
@@ -70,6 +71,22 @@ def candidates(
     if small:
         found += [Newton(), Damped()]
     return [*(m for m in found if m.applies(loop)), Sequential()]
+
+
+def sized(kind: type[Method], loop: Loop, length: int | None) -> Method:
+    """Return a method of ``kind`` whose size fits a recurrence that forgets in ``length`` steps (``None``: not soon).
+
+    Windows twice as long; chunks half as long where two of that length do not fit, so that some still run side by side.
+    """
+    steps = loop.trip_count
+    if kind is Windowed:
+        return Windowed(max(1, min(steps, 2 * (length or LONGEST_MEMORY))))
+    if kind is Chunked:
+        chunk = length or LONGEST_MEMORY
+        while chunk > 1 and 2 * chunk > steps:
+            chunk = -(-chunk // 2)
+        return Chunked(chunk)
+    return kind()
 
 
 def _state_elements(loop: Loop) -> int:

@@ -134,10 +134,10 @@ class Swept(Guess):
             if not third.is_floating_point():
                 guess.append(third)
                 continue
-            before, after = (second - first).flatten(1), (third - second).flatten(1)
+            before, after = ((b - a).reshape(system.steps, -1) for a, b in ((first, second), (second, third)))
             ratio = (after * before).sum(1) / (before * before).sum(1)
             factor = torch.where(ratio.abs() < 1, ratio / (1 - ratio), torch.zeros_like(ratio))
-            guess.append((third.flatten(1) + factor.unsqueeze(1) * after).view_as(third))
+            guess.append(third + (factor.unsqueeze(1) * after).view_as(third))
         return tuple(guess)
 
 

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from fxjacobi.methods.method import Contract
     from fxjacobi.system import States, System
 
-__all__ = ["memory_length"]
+__all__ = ["LONGEST_MEMORY", "memory_length"]
+
+LONGEST_MEMORY = 256
+"""Steps in which a recurrence that forgets must forget: chunks that are longer leave little to run side by side."""
 
 
-def memory_length(system: System, contract: Contract, limit: int = 256) -> int | None:
+def memory_length(system: System, contract: Contract, limit: int = LONGEST_MEMORY) -> int | None:
     """Return in how many steps the recurrence forgets its start to within the tolerance, or ``None`` if not in ``limit``.
 
     Up to four stretches of the loop, spread evenly, are run from the values before the loop and from these plus a unit

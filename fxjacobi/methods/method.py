@@ -32,6 +32,8 @@ class Contract:
         max_sweeps: Bound on the sweeps; ``None`` means ``T``.
         patience: Sweeps without progress (the update not halved, the prefix hardly grown) after which the solve gives
             up and completes in order; ``None`` never gives up before the bound.
+        trial_until: For a trial, the value of ``time.perf_counter()`` after which no sweep starts; a trial also ends
+            where steps would have to be completed in order (:class:`fxjacobi.solve.TrialError`).
 
     Raises:
         ValueError: A tolerance is negative or not finite, or a bound is negative.
@@ -42,6 +44,7 @@ class Contract:
     exactly_batched: bool = False
     max_sweeps: int | None = None
     patience: int | None = 16
+    trial_until: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
