@@ -10,6 +10,7 @@ import torch
 from typing_extensions import override
 
 from fxjacobi.methods.chunks import Chunks, Heads, heads_of, prepared, run_chunks, with_heads
+from fxjacobi.methods.frozen import independent
 from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.settle import (
     changed_steps,
@@ -82,7 +83,9 @@ class Chunked(Method):
         before = tuple((iterate.others or {}).get(o, v) for o, v in zip(system.others, others, strict=True))
         stacked = dict(zip(system.others, _assembled(system, chunks, others, before), strict=True))
         after = _exchange(system, iterate, states, contract)
-        return replace(after, others=stacked, open=_seams(system, chunks))
+        # Samples were left out on evidence that they are independent, so then every equation is looked at again.
+        opened = _seams(system, chunks) if chunks.samples is None else None
+        return replace(after, others=stacked, open=opened)
 
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
@@ -177,7 +180,7 @@ def _exchange(system: System, iterate: Iterate, states: States, contract: Contra
         update = 0.0
     unfinished = update > (0.0 if contract.exact else 1.0)
     following = with_heads(chunks, _finite_heads(system, heads, system.base(), final + 1))
-    samples = _unsettled(chunks, heads, contract) if unfinished else None
+    samples = _unsettled(system, chunks, heads, contract) if unfinished else None
     if unfinished and (2 * final >= len(active) or samples is not chunks.samples):
         following = prepared(system, states, chunks.starts, chunks.length, finals, samples)
         following = with_heads(following, _finite_heads(system, following.heads, system.base(), 1))
@@ -204,10 +207,10 @@ def _warm_gains(
     return torch.cat([torch.full((1,), math.inf, dtype=gains.dtype), gains])
 
 
-def _unsettled(chunks: Chunks, heads: Heads, contract: Contract) -> torch.Tensor | None:
+def _unsettled(system: System, chunks: Chunks, heads: Heads, contract: Contract) -> torch.Tensor | None:
     """Return the samples whose chunk starts still move; ``chunks.samples`` unless at least half have settled."""
     batch = heads[0].shape[1] if heads[0].dim() > 1 else 1
-    if contract.exact or not chunks.separable or batch == 1:
+    if contract.exact or batch == 1 or system.batch is not system.body or not independent(system):
         return chunks.samples
     still = torch.zeros(batch, dtype=torch.bool)
     for new, old in zip(heads, chunks.heads, strict=True):

@@ -47,11 +47,6 @@ class Chunks:
     inner: Loop | None
     samples: torch.Tensor | None = None
 
-    @property
-    def separable(self) -> bool:
-        """Whether samples of a batch were found independent, so that some may be left out."""
-        return self.layout.strategy is Strategy.FOLD
-
 
 def with_heads(chunks: Chunks, heads: Heads) -> Chunks:
     """Return ``chunks`` with other values before them."""
