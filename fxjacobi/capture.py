@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxjacobi.aliasing import Region, storage_key
-from fxjacobi.errors import CaptureError
+from fxjacobi.errors import CaptureError, StateChangedError
 from fxjacobi.graph import TensorSpec, is_random, make_module, spec_of_value, stamp
+from fxjacobi.one_hot import one_hot_by_range
 from fxjacobi.outline import Outliner
 from fxjacobi.recorder import Recorder
+from fxjacobi.timing import started
 from fxjacobi.trees import Constant, Node, Skeleton, split
 from fxjacobi.watch import Watch
 
@@ -151,7 +150,6 @@ def capture(fn: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str
 
 def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
     """Run ``fn(*args, **kwargs)`` once, ordinarily, and record it; the user's own exceptions pass through."""
-    _warm_up()
     watch = Watch()
     watch.add(fn, "")
     objects: list[Any] = []
@@ -178,10 +176,10 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     outliner = Outliner(recorder)
     python_random, numpy_random = random.getstate(), np.random.get_state()
     saved_inputs = tuple(spec_of_value(t) for t in tensors)
-    start = time.perf_counter()
-    with _patched(recorder, outliner), recorder:
+    clock = started()
+    with _patched(recorder, outliner), one_hot_by_range(), recorder:
         result = fn(*args, **kwargs)
-    elapsed = time.perf_counter() - start
+    elapsed = clock()
     try:
         recorder.raise_failure()
         _check_generators(python_random, numpy_random)
@@ -211,18 +209,6 @@ class _Attacher:
         else:
             setattr(self._root, unique, value)
         return unique
-
-
-@cache
-def _warm_up() -> None:
-    """The first dispatch mode of a process imports a second's worth of torch: that is not the user's run."""
-
-    class _Nothing(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func(*args, **(kwargs or {}))
-
-    with _Nothing():  # type: ignore[no-untyped-call] # torch's mode carries no annotations
-        torch.zeros(())
 
 
 def _arrays(skeleton: Skeleton) -> bool:
@@ -409,7 +395,7 @@ class _Finish:
         effects: list[AttributeEffect] = []
         for change in self.watch.changes():
             if not isinstance(change.after, torch.Tensor) or not isinstance(change.container, (dict, list)):
-                raise CaptureError(
+                raise StateChangedError(
                     f"{change.name} changed during the run, from {change.before!r:.80} to {change.after!r:.80}",
                     remedy="keep changing state in tensors, or outside the compiled function",
                 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fxjacobi.blocks import loop_of, method_of, plan_of_graph
 from fxjacobi.capture import Capture, TensorEffect, record
 from fxjacobi.choose import Chosen, choose_methods
-from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed, PlanError
+from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed, PlanError, StateChangedError
 from fxjacobi.first_result import demote, difference, put_in_order
 from fxjacobi.loops import Loop
 from fxjacobi.ops import GUARDS
@@ -42,9 +42,12 @@ _CLEAR = 2.0  # a ratio of times beyond which one pair of runs is enough to be s
 
 
 def specialise(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, *, again: bool = False
 ) -> tuple[Any, Specialisation]:
     """Run ``fn`` once, recorded, and return its result with the specialisation for calls like this one.
+
+    A first run that changes Python state may have filled a cache: its specialisation is provisional, and the next call
+    is recorded ``again``.
 
     Raises:
         CaptureError: The run could not be recorded and ``options.strict`` is set.
@@ -56,8 +59,13 @@ def specialise(
         assert recorded.failure is not None
         if options.strict:
             raise recorded.failure
-        warnings.warn(CaptureWarning(f"runs as it is: {recorded.failure}"), stacklevel=4)
-        return recorded.result, _as_it_is(fn, None, f"not captured: {recorded.failure}", (str(recorded.failure),))
+        failed = _as_it_is(fn, None, f"not captured: {recorded.failure}", (str(recorded.failure),))
+        failed.provisional = isinstance(recorded.failure, StateChangedError) and not again
+        if failed.provisional:
+            _log.info("the next call is recorded again: %s", recorded.failure)
+        else:
+            warnings.warn(CaptureWarning(f"runs as it is: {recorded.failure}"), stacklevel=4)
+        return recorded.result, failed
     after = RandomState.save()
     try:
         recorded_run = RecordedRun(fn, args, kwargs, recorded.capture, state, tensors)
@@ -152,6 +160,8 @@ class _Compilation:
             return result
         try:
             first_s = self._check(result)
+            if result.module is not None:
+                self._name_blocks(result)  # a device form captures, or says why not, at the first run
             if self.options.measure and result.module is not None and put_in_order(result.module, self.recorded):
                 self._name_blocks(result)
                 first_s = self._check(result)

@@ -22,7 +22,7 @@ from fxjacobi.loops import Binding, Carried, Invariant, Loop
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Component", "Equations", "body_outputs", "equations_of", "is_effect"]
+__all__ = ["draws", "Component", "Equations", "body_outputs", "equations_of", "is_effect"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,14 @@ def is_effect(node: fx.Node) -> bool:
     if node.op == "call_module":
         return any(is_effect(inner) for module in _submodules(node) for inner in module.graph.nodes)
     return node.target in ops.GUARDS or is_random(node)
+
+
+def draws(module: fx.GraphModule) -> bool:
+    """Whether the graph, or a module in it, draws random numbers."""
+    return any(
+        any(map(draws, _submodules(node))) if node.op == "call_module" else is_random(node)
+        for node in module.graph.nodes
+    )
 
 
 def equations_of(loop: Loop) -> Equations:

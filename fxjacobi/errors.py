@@ -11,6 +11,7 @@ __all__ = [
     "GuardFailed",
     "PassError",
     "PlanError",
+    "StateChangedError",
 ]
 
 
@@ -33,6 +34,10 @@ class CaptureError(FxjacobiError):
         where = f"{site}: " if site else ""
         what_to_do = f" Remedy: {remedy}" if remedy else ""
         super().__init__(f"{where}{message}{what_to_do}")
+
+
+class StateChangedError(CaptureError):
+    """A run changed state that is no tensor. The next may not: caches are filled once."""
 
 
 class PassError(FxjacobiError):

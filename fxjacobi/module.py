@@ -71,6 +71,9 @@ class SolvedModule(nn.Module):
         """Return what the original returns, and leave behind what it leaves."""
         if _functorch.peek_interpreter_stack() is not None:  # inside a transform of torch.func: let it see the original
             return self._original(*args, **kwargs)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            # A CUDA graph of the user's own holds a fixed sequence of kernels; a solve learns its sweeps as it goes.
+            return self._original(*args, **kwargs)
         # Where nothing is gained, the original is always right: a key of shapes alone finds those calls.
         plain = _shapes(args) if not kwargs and self._plain else None
         if plain is not None:
@@ -80,7 +83,7 @@ class SolvedModule(nn.Module):
                 return self._original(*args)
         key, tensors = signature(args, kwargs)
         for specialisation in self._specialisations.get(key, ()):
-            if specialisation.valid():
+            if specialisation.valid() and not specialisation.provisional:
                 self._last = specialisation
                 if specialisation.module is None and not kwargs:
                     self._remember(args, specialisation)
@@ -90,8 +93,10 @@ class SolvedModule(nn.Module):
         if len(self._specialisations) >= _MAX_SIGNATURES and key not in self._specialisations:
             return self._original(*args, **kwargs)  # arguments that are new objects at every call
         with self._lock:
-            result, specialisation = specialise(self._original, args, kwargs, self._options)
             known = self._specialisations.setdefault(key, [])
+            again = any(s.provisional for s in known)
+            result, specialisation = specialise(self._original, args, kwargs, self._options, again=again)
+            known[:] = [s for s in known if not s.provisional]
             if len(known) >= _MAX_SPECIALISATIONS:
                 specialisation.retire(f"Python values that the model reads changed in {len(known)} calls")
             known.append(specialisation)

@@ -62,6 +62,7 @@ class Specialisation:
         stages: The graph after each pass, by the pass's name.
         graph_hash: The fingerprint of the rolled graph, under which a saved plan keeps its decision.
         methods: The method chosen for each recurrence, in order.
+        provisional: The next call with this signature records again.
     """
 
     original: Callable[..., Any]
@@ -75,6 +76,7 @@ class Specialisation:
     guarded: bool = False
     graph_hash: str = ""
     methods: tuple[Method, ...] = ()
+    provisional: bool = False
 
     def valid(self) -> bool:
         """Whether the Python values that the graph was recorded with still stand."""
@@ -132,6 +134,8 @@ class Specialisation:
                     last.certificate if last else None,
                     last.prefixes if last else (),
                     last.residual if last else None,
+                    last.active if last else (),
+                    last.window if last else None,
                 )
             )
         return tuple(rows)

@@ -6,8 +6,8 @@ loops in bodies and submodules included::
     before                                            after
     fixed_point_0 = self.fixed_point_0(w, x)          the same call, of a FixedPoint
 
-Must not fire where anything else changes from step to step (a scan, a table, a literal), nor on bodies with effects.
-No proof is needed: a state that repeats bit for bit repeats for ever.
+Must not fire where anything else changes from step to step (a scan, a table, a literal), nor on bodies that draw random
+numbers. No proof is needed: a state that repeats bit for bit repeats for ever, and so do the guards on it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fxjacobi.equations import is_effect
+from fxjacobi.equations import draws
 from fxjacobi.fixed_point import FixedPoint
 from fxjacobi.loops import Kind, Loop
 from fxjacobi.passes.base import Pass, PassResult
@@ -28,8 +28,7 @@ __all__ = ["StopEarly"]
 
 
 def _stops(loop: Loop, _node: fx.Node) -> Loop | FixedPoint:
-    effects = any(is_effect(inner) for inner in loop.body.graph.nodes if inner.op != "output")
-    if loop.kind is Kind.FIXED_POINT and loop.trip_count >= 2 and not effects:
+    if loop.kind is Kind.FIXED_POINT and loop.trip_count >= 2 and not draws(loop.body):
         return FixedPoint(loop)
     return loop
 
