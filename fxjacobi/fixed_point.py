@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.device.fixed_point import FixedPointForm
+from fxjacobi.device.form import Forms
 from fxjacobi.equal_steps import equal_steps
 from fxjacobi.errors import PassError
 from fxjacobi.loops import Carried, Kind, Loop, Stacked, Step
+from fxjacobi.scripted_loop import one_step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +22,8 @@ __all__ = ["FixedPoint", "same_bits"]
 
 _PATIENCE = 16
 """Off the CPU a comparison waits for the device, so after this many misses every other step goes unchecked, and so on."""
+
+_REASON = "nothing changes from step to step but the state, so its first exact repeat ends it"
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -94,12 +99,17 @@ class FixedPoint(nn.Module):
         if loop.kind is not Kind.FIXED_POINT:
             raise PassError(f"a {loop.kind.value} is no fixed-point iteration")
         self.loop = loop
-        self.reason = "nothing changes from step to step but the state, so its first exact repeat ends it"
         self.last: Solution | None = None
+        self._forms = Forms(lambda runner, device: FixedPointForm(loop, runner, device))
         self._carries = tuple(b for b in loop.bindings if isinstance(b, Carried))
         self._reach = max(b.distance for b in self._carries)
         self._keep_all = any(isinstance(r, Stacked) for r in loop.results)
         self._wanted = frozenset(r.step for r in loop.results if isinstance(r, Step))
+
+    @property
+    def reason(self) -> str:
+        """Why it is solved so, and what of it is captured on a device."""
+        return self._forms.explain(_REASON)
 
     def forward(self, *operands: Any) -> tuple[Any, ...]:
         """Return the loop's results, and leave a :class:`Solution` in ``last``."""
@@ -107,6 +117,17 @@ class FixedPoint(nn.Module):
         if recorded and (self._keep_all or self._reach > 1):
             self.last = Solution(self.loop.trip_count, Certificate.SEQUENTIAL)
             return tuple(self.loop(*operands))
+        form = None if recorded else self._forms.of(operands)
+        found = None if form is None else form(operands)
+        if found is not None:
+            results, self.last = found
+            return results
+        results = self._iterate(operands, recorded=recorded)
+        if form is not None:
+            form.adopt(operands, results)
+        return results
+
+    def _iterate(self, operands: Sequence[Any], *, recorded: bool) -> tuple[Any, ...]:
         outputs: dict[int, Sequence[Any]] = {}
         trip_count = self.loop.trip_count
         saved, saved_at = self._state(operands, outputs, 0), 0
@@ -134,7 +155,8 @@ class FixedPoint(nn.Module):
         return self._collect(outputs)
 
     def _evaluate(self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> Sequence[Any]:
-        values: Sequence[Any] = self.loop.body.forward(*self._arguments(operands, outputs, step))
+        body = self.loop.body.forward if torch.is_grad_enabled() else one_step(self.loop)
+        values: Sequence[Any] = body(*self._arguments(operands, outputs, step))
         return values
 
     def _arguments(self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> list[Any]:

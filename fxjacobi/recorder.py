@@ -19,7 +19,10 @@ from fxjacobi.aliasing import Geometry, View, geometry_of, storage_key
 from fxjacobi.errors import CaptureError
 from fxjacobi.functional import functional_counterpart, mutation_of
 from fxjacobi.graph import TensorSpec, spec_of_value
-from fxjacobi.memory import Memory, own_memory_spec, tensor_spec
+from fxjacobi.layouts import contiguous_strides
+from fxjacobi.memory import Memory, tensor_spec
+from fxjacobi.out_of_place import dtype_out_of_place, spec_out_of_place
+from fxjacobi.placement import placed_copy
 from fxjacobi.sites import SiteFinder
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-__all__ = ["Recorder", "current_recorder"]
+__all__ = ["GuardedRecorder", "Recorder", "current_recorder"]
 
 aten = torch.ops.aten
 
@@ -47,6 +50,13 @@ _FILLED: dict[Any, tuple[int | None, Any]] = {
     aten.empty_like.default: (None, 0),
     aten.new_empty.default: (None, 0),
 }
+_CHECKS: dict[Any, bool] = {
+    aten._linalg_check_errors.default: False,  # any error code of the batch
+    aten._assert_async.default: True,
+    aten._assert_async.msg: True,
+}
+"""Operations that return nothing and raise where their argument is not as it should be, and what that is."""
+
 _SPLITS = (
     aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsafe_split.Tensor,
     aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default, aten.chunk.default,
@@ -107,6 +117,11 @@ class Recorder(TorchDispatchMode):
         self._grad_mode = torch.is_grad_enabled()
 
     # -- dispatch -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's question whether to guard the method below against dynamo: that imports dynamo, which takes seconds."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -175,7 +190,7 @@ class Recorder(TorchDispatchMode):
                 self.memory.lookup(target)
                 region = self.memory.regions[storage_key(target)]
                 if region.tensor is not None and region.version == 0 and region.saved is None:
-                    region.saved = region.tensor.detach().clone()
+                    region.saved = placed_copy(region.tensor.detach())
 
     def _lookup_all(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple([self._lookup_any(a) for a in args])
@@ -215,10 +230,20 @@ class Recorder(TorchDispatchMode):
             else:
                 self._record_tuple(func, nodes, keywords, result)
         else:
-            self._record_scalar(func, nodes, keywords, result)
+            self._record_scalar(func, args, nodes, keywords, result)
 
-    def _record_scalar(self, func: Any, nodes: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
+    def _record_scalar(
+        self, func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], keywords: dict[str, Any], result: Any
+    ) -> None:
         """A Python value taken from a tensor: the run may branch on it, so it becomes a guard."""
+        if func in _CHECKS:
+            # It returned, so it found nothing wrong; where it will, the ordinary run raises what it raises.
+            wanted = _CHECKS[func]
+            looked_at = nodes[0]
+            if wanted is False:
+                looked_at = self.memory.emit(aten.any.default, nodes[:1], {}, spec_of_value(aten.any.default(args[0])))
+            self.memory.emit(ops.guard, (looked_at, wanted), {}, None)
+            return
         if result is None:
             raise self.refuse(f"{func} returns nothing and writes nothing that its schema names")
         if func is aten._local_scalar_dense.default:
@@ -339,21 +364,20 @@ class Recorder(TorchDispatchMode):
         if func is aten.copy_.default and self.memory.lookup(target) is nodes[1]:
             return  # x[0] += 1 ends by copying the view onto itself
         if func is aten.copy_.default:
-            value = self._as(nodes[1], target)
-            region = self.memory.regions[storage_key(target)]
-            if self.memory.key(region, target) == region.base:  # else the write into the base copies
-                value = self.memory.emit(aten.clone.default, (value,), {}, own_memory_spec(target))
+            self.memory.assign(target, self._as(nodes[1], target), shared=True)
+            return
         elif func in (aten.fill_.Scalar, aten.zero_.default):
             fill = nodes[1] if len(nodes) > 1 else 0
             value = self.memory.emit(
                 aten.full.default, (list(target.shape), fill), {"dtype": target.dtype, "device": target.device},
-                TensorSpec(tuple(target.shape), target.dtype, target.device, spec_of_contiguous(target.shape)),
+                TensorSpec(tuple(target.shape), target.dtype, target.device, contiguous_strides(tuple(target.shape))),
             )  # fmt: skip
         elif func in _DRAWS and not target.is_contiguous():
             layout = (list(target.shape), list(target.stride()), target.dtype, target.device)
             value = self.memory.emit(ops.draw, (func, *layout, *nodes[1:]), keywords, tensor_spec(target))
         elif func is aten.fill_.Tensor:
-            value = self._as(nodes[1], target)
+            self.memory.assign(target, self._as(nodes[1], target), shared=True)
+            return
         else:
             functional = functional_counterpart(func)
             if functional is None:
@@ -370,8 +394,8 @@ class Recorder(TorchDispatchMode):
                 for position, each in enumerate(targets):
                     self.memory.assign(each, self.memory.emit(_getitem, (call, position), {}, spec_of_value(each)))
                 return
-            dtype = _dtype_out_of_place(functional, args, target)
-            spec = own_memory_spec(target)
+            dtype = dtype_out_of_place(functional, args, target)
+            spec = spec_out_of_place(functional, args, target)
             value = self.memory.emit(functional, nodes, rest, TensorSpec(spec.shape, dtype, spec.device, spec.stride))
             if dtype != target.dtype:
                 value = self.memory.emit(aten._to_copy.default, (value,), {"dtype": target.dtype}, spec)
@@ -431,44 +455,18 @@ class Recorder(TorchDispatchMode):
             self.failure = error
 
 
-def spec_of_contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor of ``shape``."""
-    strides: list[int] = []
-    size = 1
-    for extent in reversed(shape):
-        strides.append(size)
-        size *= max(extent, 1)
-    return tuple(reversed(strides))
+class GuardedRecorder(Recorder):
+    """A recorder for processes in which dynamo is at work: it must not compile what goes on below the dispatcher."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
-
-
-_DTYPES: dict[tuple[Any, ...], torch.dtype] = {}
-
-
-def _dtype_out_of_place(functional: Any, args: tuple[Any, ...], target: torch.Tensor) -> torch.dtype:
-    """The dtype that the out-of-place form has (an in-place one casts back to its target's)."""
-    kinds = [(a.dtype, a.dim() == 0) if isinstance(a, torch.Tensor) else type(a) for a in args]
-    if all(not isinstance(k, tuple) or k[0] == target.dtype for k in kinds) and target.dtype.is_floating_point:
-        return target.dtype
-    if torch.Tag.nondeterministic_seeded in functional.tags:
-        return target.dtype
-    key = (functional, target.dtype, *kinds)
-    if key not in _DTYPES:
-        meta = [
-            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, torch.Tensor)
-            else [None if i is None else i.to("meta") for i in a] if isinstance(a, list) and _holds_tensors(a)
-            else a
-            for a in args
-        ]  # fmt: skip
-        try:
-            _DTYPES[key] = functional(*meta).dtype
-        except RuntimeError:  # index_put and friends with boolean indices have no meta form; they do not promote
-            _DTYPES[key] = target.dtype
-    return _DTYPES[key]
-
-
-def _holds_tensors(items: list[Any]) -> bool:
-    return any(isinstance(item, torch.Tensor) for item in items)

@@ -97,6 +97,12 @@ class ScriptWriter:
         self._wanted: Counter[str] = Counter()
         self._numbers: set[str] = set()
         """Expressions that are numbers."""
+        self._guards: dict[str, tuple[Any, ...]] = {}
+        """Lists that collect what a guard looks at, and what it must be at each step of the loops around it."""
+        self._of_step: set[str] = set()
+        """Guards that are to find something else at each step of the loop that they stand in."""
+        self._literals: dict[fx.Node, tuple[Any, ...]] = {}
+        """Placeholders that are numbers of the step."""
 
     # -- the pieces -----------------------------------------------------------------------------------------------
 
@@ -126,11 +132,19 @@ class ScriptWriter:
             raise NotScriptableError(f"an output is {value!r}, no tensor")
         return value
 
+    @property
+    def expected(self) -> list[tuple[Any, ...]]:
+        """What each of the guards' stacks, which come after the outputs, must hold."""
+        return list(self._guards.values())
+
     def finish(self, outputs: Sequence[str]) -> Callable[..., Any]:
         """Compile, and check that every operation became the overload that the graph names."""
         head = f"def run({', '.join(self._parameters)}) -> List[Tensor]:"
         constants = [f"    {name}: {key}" for key, name in self._constant_lines.items()]
-        text = "\n".join([head, *constants, *self._lines, f"    return [{', '.join(outputs)}]"])
+        constants += [f"    {name}: List[Tensor] = []" for name in self._guards]
+        returned = [*outputs, *(f"torch.ops.aten.stack({name})" for name in self._guards)]
+        self._wanted["aten::stack"] += len(self._guards)
+        text = "\n".join([head, *constants, *self._lines, f"    return [{', '.join(returned)}]"])
         try:
             unit = torch.jit.CompilationUnit(f"{_HELPERS}\n{text}\n")
         except RuntimeError as error:
@@ -186,6 +200,8 @@ class ScriptWriter:
             return self._bind(f"{whole}[{index}]")
         if target is ops.write:
             return self._write(node, values)
+        if target is ops.guard:
+            return self._guard(node, values)
         if target is ops.restride:
             value, stride = node.args
             return self._bind(f"fxjacobi_restride({self._argument(value, values)}, {_text(stride)})")
@@ -225,6 +241,24 @@ class ScriptWriter:
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(self._argument(v, values) for v in value)}]"
         return _text(value)
+
+    def _guard(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        """Collect what the guard looks at: it is checked when the steps are done, which is soon enough."""
+        value, expected = node.args
+        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("spec"), TensorSpec):
+            raise NotScriptableError("a guard on what is no tensor")
+        if isinstance(expected, fx.Node):
+            known = values[expected]
+            wanted = self._literals.get(expected, (known.value,) if isinstance(known, _Constant) else ())
+            if not wanted:
+                raise NotScriptableError("a guard whose expectation is computed")
+        else:
+            wanted = (expected,)
+        name = self._name()
+        self._guards[name] = wanted
+        if isinstance(expected, fx.Node) and expected in self._literals:
+            self._of_step.add(name)
+        self._line(f"{name}.append({self._argument(value, values)})")
 
     def _write(self, node: fx.Node, values: dict[fx.Node, Any]) -> str:
         base, value, index = node.args
@@ -283,6 +317,37 @@ class ScriptWriter:
         t = self._name()
         self._line(f"for {t} in range({start}, {loop.trip_count}):")
         self._depth += 1
+        arguments = self._arguments(loop, placeholders, operands, registers, tables, t)
+        before = set(self._guards)
+        outputs = self.graph(loop.body, arguments)
+        for guard in self._guards.keys() - before:
+            # One expectation a step, or the same at each; an inner loop's come once more at each step of this one.
+            if guard not in self._of_step:
+                self._guards[guard] *= loop.trip_count
+            self._of_step.discard(guard)
+        for output, name in stacked.items():
+            self._line(f"{name}.append({self.tensor_of(outputs[output])})")
+        for result, name in kept.items():
+            assert isinstance(result, Step)
+            self._line(f"if {t} == {result.step}:")
+            self._line(f"    {name}.append({self.tensor_of(outputs[result.output])})")
+        self._shift(loop, registers, outputs)
+        self._depth -= 1
+        self._wanted["aten::stack"] += len(stacked)
+        whole = {output: self._bind(f"torch.ops.aten.stack({name})") for output, name in stacked.items()}
+        single = {result: self._bind(f"{name}[0]") for result, name in kept.items()}
+        return [whole[r.output] if isinstance(r, Stacked) else single[r] for r in loop.results]
+
+    def _arguments(
+        self,
+        loop: Loop,
+        placeholders: list[fx.Node],
+        operands: dict[int, str],
+        registers: list[list[str]],
+        tables: dict[Any, str],
+        t: str,
+    ) -> list[Any]:
+        """Write what the body reads at step ``t``."""
         arguments: list[Any] = []
         for placeholder, binding, carried in zip(placeholders, loop.bindings, registers, strict=True):
             match binding:
@@ -297,6 +362,7 @@ class ScriptWriter:
                     _require_tensor(placeholder)
                     arguments.append(self._bind(f"{tables[binding]}[{t}]"))
                 case Literal(values):
+                    self._literals[placeholder] = values
                     literal = self._literal(values, t)
                     if isinstance(literal, str):
                         self._numbers.add(literal)
@@ -304,19 +370,7 @@ class ScriptWriter:
                 case Invariant(operand):
                     _require_tensor(placeholder)
                     arguments.append(operands[operand])
-        outputs = self.graph(loop.body, arguments)
-        for output, name in stacked.items():
-            self._line(f"{name}.append({self.tensor_of(outputs[output])})")
-        for result, name in kept.items():
-            assert isinstance(result, Step)
-            self._line(f"if {t} == {result.step}:")
-            self._line(f"    {name}.append({self.tensor_of(outputs[result.output])})")
-        self._shift(loop, registers, outputs)
-        self._depth -= 1
-        self._wanted["aten::stack"] += len(stacked)
-        whole = {output: self._bind(f"torch.ops.aten.stack({name})") for output, name in stacked.items()}
-        single = {result: self._bind(f"{name}[0]") for result, name in kept.items()}
-        return [whole[r.output] if isinstance(r, Stacked) else single[r] for r in loop.results]
+        return arguments
 
     def _registers(self, binding: Any, operands: dict[int, str]) -> list[str]:
         """Variables for the values before an inner loop; none for what is not carried."""

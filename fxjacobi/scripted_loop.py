@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.device.step_graphs import step_graphs
 from fxjacobi.loops import Loop, Stacked
-from fxjacobi.torchscript import NotScriptableError, ScriptedSteps, script_loop
+from fxjacobi.torchscript import NotScriptableError, ScriptedSteps, script_graph, script_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["ScriptedLoop", "run_in_order", "scripted_steps", "stacking"]
+__all__ = ["ScriptedLoop", "one_step", "run_in_order", "scripted", "scripted_steps", "stacking"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,20 @@ def scripted_steps(loop: Loop, *, in_place: bool = False) -> ScriptedSteps | Non
     return known[in_place]
 
 
+_bodies: weakref.WeakKeyDictionary[Loop, Callable[..., Sequence[Any]]] = weakref.WeakKeyDictionary()
+
+
+def one_step(loop: Loop) -> Callable[..., Sequence[Any]]:
+    """Return the loop's body as one call where TorchScript can say it, as it is where not. Not for autograd."""
+    if loop not in _bodies:
+        try:
+            _bodies[loop] = script_graph(loop.body)
+        except NotScriptableError as refusal:
+            _log.info("a step of a loop stays in Python: %s", refusal)
+            _bodies[loop] = loop.body.forward
+    return _bodies[loop]
+
+
 _every: weakref.WeakKeyDictionary[Loop, dict[tuple[int, ...], Loop]] = weakref.WeakKeyDictionary()
 
 
@@ -53,6 +68,12 @@ def stacking(loop: Loop, outputs: tuple[int, ...]) -> Loop:
 
 def run_in_order(loop: Loop, operands: Sequence[Any]) -> tuple[Any, ...]:
     """Return the loop's results, by Gauss-Seidel, the fastest way there is."""
+    captured = step_graphs(loop)
+    return scripted(loop, operands) if captured is None else captured(*operands)
+
+
+def scripted(loop: Loop, operands: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the loop's results, scripted where TorchScript can say it."""
     gradients = torch.is_grad_enabled() and any(isinstance(o, torch.Tensor) and o.requires_grad for o in operands)
     steps = scripted_steps(loop, in_place=not gradients)
     results: tuple[Any, ...] = loop(*operands) if steps is None else steps(loop.align(operands))

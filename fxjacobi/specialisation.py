@@ -88,7 +88,7 @@ class Specialisation:
             if self.report.reason != self.plan.reason:
                 self.report = Report(False, self.plan.reason)
             return self.original(*args, **kwargs)
-        state = RandomState.save() if self.guarded and self.capture.draws else None
+        state = RandomState.save() if self.capture.draws else None
         try:
             with torch.set_grad_enabled(self.capture.gradients):
                 values = self.module(*tensors, *(_read(s) for s in self.capture.states))

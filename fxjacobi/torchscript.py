@@ -2,7 +2,7 @@
 
     for t in range(T):  outputs_t = body(bindings at t)
 
-becomes one call. The interpreter runs with its optimiser off, so each operation of the graph is exactly one call
+becomes one call; guards are looked at after it. The interpreter runs with its optimiser off, so each operation of the graph is exactly one call
 of the same overload, and the values are the graph's own bit for bit. Calling an overload from Python costs 3-4 us,
 from the interpreter about 1 us (measured, 2 cores, torch 2.13): for small steps that is most of the time.
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxjacobi.loops import Carried, Invariant, Loop, Scanned, Table
+from fxjacobi.ops import guard_steps
 from fxjacobi.script_writer import NotScriptableError, ScriptWriter
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def script_graph(module: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
     arguments = [writer.parameter("Tensor") for _ in placeholders]
     outputs = writer.graph(module, arguments)
     found = [writer.tensor_of(o) for o in outputs]
-    function = writer.finish(found)
-    return lambda *values: _run(function, values)
+    function, count = writer.finish(found), len(found)
+    guards = writer.expected
+    return lambda *values: _run(function, values, count, guards)
 
 
 def script_loop(loop: Loop, *, in_place: bool = False) -> ScriptedSteps:
@@ -59,7 +61,7 @@ def script_loop(loop: Loop, *, in_place: bool = False) -> ScriptedSteps:
         [writer.parameter("Tensor") for _ in range(b.distance)] if isinstance(b, Carried) else [] for b in loop.bindings
     ]
     results = writer.loop(loop, names, registers, start)
-    return ScriptedSteps(loop, writer.finish(results), tuple(used))
+    return ScriptedSteps(loop, writer.finish(results), tuple(used), writer.expected)
 
 
 class ScriptedSteps:
@@ -69,12 +71,18 @@ class ScriptedSteps:
         loop: The loop.
         function: Its TorchScript function.
         used: The operands that the function takes.
+        guards: What the stacks that the function returns after the results must hold.
     """
 
-    def __init__(self, loop: Loop, function: Callable[..., Any], used: tuple[int, ...]) -> None:
+    def __init__(
+        self, loop: Loop, function: Callable[..., Any], used: tuple[int, ...], guards: Sequence[tuple[Any, ...]] = ()
+    ) -> None:
         self._carries = tuple(b for b in loop.bindings if isinstance(b, Carried))
         self._function = function
         self._used = used
+        self._guards = guards
+        self._steps = loop.trip_count
+        self._count = len(loop.results)
 
     def __call__(self, operands: Sequence[Any]) -> tuple[Any, ...]:
         """Return the loop's results; ``operands`` are aligned (:meth:`fxjacobi.loops.Loop.align`)."""
@@ -89,18 +97,26 @@ class ScriptedSteps:
             start: The first step.
             before: For each carry, in the order of the bindings, the values of the ``distance`` steps before ``start``,
                 the oldest first; fewer where the loop has fewer steps.
+
+        Raises:
+            GuardFailed: A branch of the recorded run goes the other way at a step.
         """
         registers: list[torch.Tensor] = []
         for carry, values in zip(self._carries, before, strict=True):
             known = list(values[: carry.distance])
             registers += known + [known[-1]] * (carry.distance - len(known))
-        return _run(self._function, [*(operands[o] for o in self._used), start, *registers])
+        guards = [g[start * len(g) // self._steps :] for g in self._guards]
+        return _run(self._function, [*(operands[o] for o in self._used), start, *registers], self._count, guards)
 
 
-def _run(function: Callable[..., Any], values: Sequence[Any]) -> tuple[Any, ...]:
+def _run(
+    function: Callable[..., Any], values: Sequence[Any], count: int, guards: Sequence[tuple[Any, ...]]
+) -> tuple[Any, ...]:
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
         found = function(*values)
-    return tuple(found)
+    for looked_at, expected in zip(found[count:], guards, strict=True):
+        guard_steps(looked_at, expected)
+    return tuple(found[:count])
 
 
 def _operands_of(binding: Any) -> tuple[int, ...]:

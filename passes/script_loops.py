@@ -5,8 +5,10 @@ Fires on every loop that no earlier pass has put a solver in the place of and th
     before                            after
     loop_1 = self.loop_1(h, w)        loop_1 = self.loop_1(h, w)      # the same operands, a ScriptedLoop
 
-Must not fire where TorchScript cannot express the body (guards, random draws, other blocks in it): such a loop stays as it
-is. The operations and their order are the loop's own, so the bits are too.
+On a device whose work can be captured, it becomes :class:`fxjacobi.device.step_graphs.StepGraphs` instead.
+
+Must not fire where TorchScript cannot express the body (random draws, shapes that depend on data, other blocks in it): such a
+loop stays as it is. The operations and their order are the loop's own, so the bits are too.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from fxjacobi.device.step_graphs import step_graphs
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.replace_blocks import replace_blocks
 from fxjacobi.scripted_loop import ScriptedLoop, scripted_steps
@@ -30,6 +33,9 @@ _SHORTEST = 4
 
 
 def _scripted(loop: Loop, _: fx.Node) -> nn.Module:
+    captured = step_graphs(loop) if loop.trip_count >= _SHORTEST else None
+    if captured is not None:
+        return captured
     return ScriptedLoop(loop) if loop.trip_count >= _SHORTEST and scripted_steps(loop) is not None else loop
 
 

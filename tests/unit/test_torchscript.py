@@ -12,6 +12,7 @@ from torch import fx
 
 from fxjacobi import ops
 from fxjacobi.bits import equal_elements
+from fxjacobi.errors import GuardFailed
 from fxjacobi.graph import TensorSpec
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step
 from fxjacobi.passes.script_loops import ScriptLoops
@@ -25,26 +26,18 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def guarded(loop: Loop) -> bool:
-    return any(n.target is ops.guard for n in loop.body.graph.nodes)
-
-
 @settings(max_examples=60, deadline=None)
 @given(programs())
 def test_random_loops_keep_their_bits(program: Program) -> None:
     loop, operands = program.loop, program.operands
-    if guarded(loop):
-        with pytest.raises(NotScriptableError, match="guard"):
-            script_loop(loop)
-    else:
-        assert same_bits(script_loop(loop)(loop.align(operands)), loop(*operands))
+    assert same_bits(script_loop(loop)(loop.align(operands)), loop(*operands))
 
 
 @settings(max_examples=30, deadline=None)
 @given(programs())
 def test_resumes_from_any_step(program: Program) -> None:
     loop = program.loop
-    if guarded(loop) or any(b.distance > loop.trip_count for b in loop.bindings if isinstance(b, Carried)):
+    if any(b.distance > loop.trip_count for b in loop.bindings if isinstance(b, Carried)):
         return
     operands = loop.align(program.operands)
     every = Loop(loop.body, loop.trip_count, loop.bindings, [Stacked(o) for o in range(len(_outputs(loop)))])
@@ -190,13 +183,66 @@ def test_gradients_flow_through_the_steps() -> None:
     assert same_bits(*gradients)
 
 
-def test_short_loops_and_those_with_guards_stay() -> None:
+def test_short_loops_stay() -> None:
     short, operands = recurrence(lambda h, x: (aten.add.Tensor(h, x),), steps=3)
     assert not ScriptLoops().run(graph_of(short, operands)).modified
 
-    def watched(h: Any, x: Any) -> tuple[Any, ...]:
-        node(ops.guard, aten.any.default(aten.isnan.default(h)), False)
+
+def watched(h: Any, x: Any) -> tuple[Any, ...]:
+    node(ops.guard, aten.any.default(aten.gt.Scalar(x, 100.0)), False)
+    return (aten.add.Tensor(h, x),)
+
+
+def watched_by_step(h: Any, x: Any, n: Any) -> tuple[Any, ...]:
+    node(ops.guard, aten.sum.default(aten.gt.Scalar(x, 100.0)), n)
+    return (aten.add.Tensor(h, x),)
+
+
+@pytest.mark.parametrize("literal", [None, (0,) * 8, (0, 0, 0, 1, 0, 0, 2, 0)], ids=str)
+@pytest.mark.parametrize("wrong", [0, 3, 7])
+def test_guards_are_checked_after_the_steps(literal: tuple[int, ...] | None, wrong: int) -> None:
+    operands = [torch.zeros(4, 3), torch.zeros(8, 4, 3)]
+    for step, count in enumerate(literal or ()):
+        operands[1][step].view(-1)[:count] = 200.0
+    bindings: list[Any] = [Carried(0, 1, (0,)), Scanned(1, 0, range(8))]
+    bindings += [] if literal is None else [Literal(literal)]
+    body = watched if literal is None else watched_by_step
+    loop = make_loop(body, 8, bindings, [Stacked(0), Step(0, 7)], operands)
+    steps = script_loop(loop)
+    assert same_bits(steps(operands), loop(*operands))
+    operands[1][wrong, 1, 1] = 101.0
+    with pytest.raises(GuardFailed):
+        steps(operands)
+    later = steps.resume(operands, wrong + 1, [[operands[0]]]) if wrong < 6 else None
+    assert later is None or later[0].shape[0] == 7 - wrong
+
+
+def test_guards_of_an_inner_loop_are_checked_at_every_step_of_the_outer() -> None:
+    inner, _ = recurrence(watched)
+    graph = fx.Graph()
+    h, x = graph.placeholder("h"), graph.placeholder("x")
+    last = graph.call_function(operator.getitem, (graph.call_module("inner", (h, x)), 1))
+    graph.output((last,))
+    operands = [torch.zeros(4, 3), torch.zeros(5, 8, 4, 3)]
+    outer = make_loop(
+        fx.GraphModule({"inner": inner}, graph),
+        5,
+        [Carried(0, 1, (0,)), Scanned(1, 0, range(5))],
+        [Step(0, 4)],
+        operands,
+    )
+    steps = script_loop(outer)
+    assert same_bits(steps(operands), outer(*operands))
+    operands[1][4, 7, 0, 0] = 101.0
+    with pytest.raises(GuardFailed):
+        steps(operands)
+
+
+def test_a_guard_that_is_no_tensor_is_refused() -> None:
+    def equal(h: Any, x: Any) -> tuple[Any, ...]:
+        node(ops.guard, aten.equal.default(h, x), False)
         return (aten.add.Tensor(h, x),)
 
-    loop, operands = recurrence(watched)
-    assert not ScriptLoops().run(graph_of(loop, operands)).modified
+    loop, _ = recurrence(equal)
+    with pytest.raises(NotScriptableError, match="no tensor"):
+        script_loop(loop)
