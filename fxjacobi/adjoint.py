@@ -12,13 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxjacobi.batched_body import BatchedBody
-from fxjacobi.graph import TensorSpec, spec_of_value, stamp
+from fxjacobi.graph import TensorSpec
 from fxjacobi.loops import Binding, Carried, Loop, Scanned, Stacked, Table
-from fxjacobi.methods.guess import Base
+from fxjacobi.lowered import lowered
+from fxjacobi.methods.guess import Base, Previous
 from fxjacobi.methods.sequential import Sequential
 from fxjacobi.solve import lawful, solve_system
 from fxjacobi.system import States, System
@@ -37,6 +36,10 @@ class Adjoint:
     Args:
         loop: The loop.
         operands: Operands of its shapes, to trace the adjoint's body with.
+
+    Attributes:
+        warm_start: Start from the adjoint trajectory of the call before (training steps).
+        previous: That trajectory.
     """
 
     def __init__(self, loop: Loop, operands: Sequence[Any]) -> None:
@@ -47,6 +50,8 @@ class Adjoint:
         self.carries = tuple(
             (i, b) for i, b in enumerate(loop.bindings) if isinstance(b, Carried) and b.output in self.outputs
         )
+        self.warm_start = False
+        self.previous: States | None = None
         varies = any(BatchedBody.of(loop).varying)
         # A literal that varies would be baked into the trace: such loops run their adjoint step by step instead.
         self.reversed = None if varies else self._reversed(operands)
@@ -83,8 +88,7 @@ class Adjoint:
             return self._step(flat[:read], flat[read:given], flat[given:])
 
         flat = [*arguments, *cotangents, *zeros]
-        body = make_fx(step)(*flat)
-        _Stamped(body).run(*flat)
+        body = lowered(step, *flat)
         return Loop(body, steps, bindings, [Stacked(i) for i in range(len(self.carries))])
 
     def _step(self, arguments: Sequence[Any], cotangents: Sequence[Any], later: Sequence[Any]) -> tuple[Any, ...]:
@@ -150,7 +154,11 @@ class Adjoint:
             position = {carry.placeholder: i for i, carry in enumerate(system.carries)}
             zeros = [torch.zeros_like(reads[position[i]][0]) for i, _ in self.carries]
             backward = System(self.reversed, [*system.operands, *reads, *given, *zeros], memory_limit=memory_limit)
-            return tuple(s.flip(0) for s in solve_system(backward, method, contract, Base()).states)
+            guess = Previous(self.previous) if self.warm_start and self.previous is not None else Base()
+            solved = solve_system(backward, method, contract, guess).states
+            if self.warm_start:
+                self.previous = solved
+            return tuple(s.flip(0) for s in solved)
         moved: list[list[torch.Tensor]] = [[] for _ in self.carries]
         for back in range(system.steps):
             step = system.steps - 1 - back
@@ -215,13 +223,3 @@ def _detached(value: Any) -> Any:
 
 def _smooth(spec: object) -> bool:
     return isinstance(spec, TensorSpec) and (spec.dtype.is_floating_point or spec.dtype.is_complex)
-
-
-class _Stamped(fx.Interpreter):
-    """Runs a graph once and stamps every node with the spec of its value."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op != "output":
-            stamp(n, spec_of_value(value))
-        return value

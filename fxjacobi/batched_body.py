@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import fx
 from torch._C import _functorch
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxjacobi.constants import constant
+from fxjacobi.device.hazards import indexes_by_guess
 from fxjacobi.equations import is_effect
 from fxjacobi.graph import TensorSpec, spec_of
 from fxjacobi.loops import Carried, Invariant, Literal, Loop
+from fxjacobi.lowered import lowered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -105,7 +107,7 @@ class Layout:
             return values
         if self.lifted[index] and self.strategy is not Strategy.SINGLE:
             dtype = torch.float64 if any(isinstance(v, float) for v in values) else torch.int64
-            return torch.tensor(values, dtype=dtype, device=self.device)
+            return constant(values, dtype=dtype, device=self.device)
         return values[0]
 
 
@@ -145,9 +147,7 @@ class _Mapped:
         mapped: Callable[..., Any] = torch.func.vmap(of_tensors, dims) if any(d == 0 for d in dims) else of_tensors
         self._calls += 1
         if self._calls >= 2 and plain:
-            self._traced = make_fx(mapped)(*tensors)
-            self._traced.graph.eliminate_dead_code()
-            self._traced.recompile()
+            self._traced = lowered(mapped, *tensors)
             return self._traced.forward(*tensors)  # type: ignore[no-any-return]
         result: Sequence[Any] = mapped(*tensors)
         return result
@@ -194,8 +194,11 @@ class BatchedBody:
 
     @cached_property
     def pure(self) -> bool:
-        """Whether the body neither draws random numbers nor checks guards, so that it may run on guesses."""
-        return not any(is_effect(node) for node in self.body.graph.nodes)
+        """Whether the body may run on guesses: no random draws, no guards, and no index that could stop a device for good."""
+        if any(is_effect(node) for node in self.body.graph.nodes):
+            return False
+        carried = [p for p, b in zip(self.placeholders, self.bindings, strict=True) if isinstance(b, Carried)]
+        return self.device.type == "cpu" or indexes_by_guess(self.body, carried) is None
 
     @cached_property
     def uniform(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fxjacobi.blocks import loop_of, method_of, plan_of_graph
 from fxjacobi.capture import Capture, TensorEffect, record
 from fxjacobi.choose import Chosen, choose_methods
+from fxjacobi.device.limits import device_of_graph, spare_bytes
 from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed, PlanError, StateChangedError
 from fxjacobi.first_result import demote, difference, put_in_order
 from fxjacobi.loops import Loop
@@ -37,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 _PYTHON_S = 2e-6  # what Python adds to the call of one operation (measured: 3-4 us against 1-2 us)
 _WORTH_MEASURING = 0.05  # share of the ordinary run under which saved Python is not worth running it again
+
+_PAIRS = 4  # of short runs, at least
 
 _CLEAR = 2.0  # a ratio of times beyond which one pair of runs is enough to be sure
 
@@ -112,6 +115,7 @@ class _Compilation:
     def run(self) -> Specialisation:
         """Rewrite, check, measure."""
         capture = self.capture
+        self.options = _within_device(self.options, capture.graph_module)
         if capture.undifferentiable:
             return _as_it_is(
                 self.recorded.fn, capture, f"it runs the ordinary way under gradients: {capture.undifferentiable}"
@@ -244,7 +248,9 @@ class _Compilation:
             ):
                 solved_times.append(self.recorded.emitted(result.module)[1])
                 ratio = min(solved_times) / min(ordinary_times)
-                if not 1 / _CLEAR < ratio < _CLEAR:
+                # One pair of long runs is enough to see a clear gain; short ones are mostly noise the first time.
+                brief = time.perf_counter() - begun < self.options.budget_s / 20
+                if not 1 / _CLEAR < ratio < _CLEAR and (len(solved_times) > _PAIRS or not brief):
                     break
                 ordinary_times.append(self.recorded.original())
         ordinary, solved = statistics.median(ordinary_times), statistics.median(solved_times[1:] or solved_times)
@@ -253,6 +259,12 @@ class _Compilation:
             result.retire(f"measured {solved * 1e3:.3f} ms against {ordinary * 1e3:.3f} ms for the ordinary run")
         else:
             result.plan = replace(result.plan, reason=f"{ordinary / solved:.1f} times faster than the ordinary run")
+
+
+def _within_device(options: Options, module: fx.GraphModule) -> Options:
+    """Return ``options`` with the memory that the graph's device has to spare, where no limit was asked for."""
+    limit = spare_bytes(device_of_graph(module)) if options.memory_limit is None else None
+    return options if limit is None else replace(options, memory_limit=max(1, limit))
 
 
 def _loops(module: fx.GraphModule) -> list[torch.nn.Module]:

@@ -13,6 +13,7 @@ from fxjacobi import ops
 from fxjacobi.emit import is_dense, rebuilt
 from fxjacobi.graph import TensorSpec, spec_of, stamp
 from fxjacobi.loops import Invariant, Literal, Loop, Scanned, Stacked
+from fxjacobi.lowered import lowered
 from fxjacobi.operation import Operation, Role, Way
 from fxjacobi.rules import rules, rules_for_literals
 
@@ -105,23 +106,21 @@ def _mapped(operation: Operation) -> Iterator[tuple[Way, fx.GraphModule]]:
             # The batched layout at run time is whatever the ways before leave; vmap is traced for any.
             stride = (max([s * n for s, n in zip(spec.stride, spec.shape, strict=True)], default=1), *spec.stride)
         examples.append(torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device).zero_())
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     # A fallback would be T calls in disguise. (The setting is private; torch has no public form of it.)
     fallback: Any = _functorch
     enabled = fallback._is_vmap_fallback_enabled()
     fallback._set_vmap_fallback_enabled(False)
     try:
-        lowered = make_fx(torch.func.vmap(single.forward, dims))(*examples)
+        mapped = lowered(torch.func.vmap(single.forward, dims), *examples)
     except (RuntimeError, NotImplementedError, ValueError, IndexError):
         # An operation without a batching rule, or one that refuses zeros: one way less.
         return
     finally:
         fallback._set_vmap_fallback_enabled(enabled)
-    graph = lowered.graph
+    graph = mapped.graph
     if any(node.op == "get_attr" for node in graph.nodes):
         return
     output = graph.output_node()
     output.args = (_as_value(operation, output.args[0]),)  # type: ignore[arg-type]
-    lowered.recompile()
-    yield Way.MAPPED, lowered
+    mapped.recompile()
+    yield Way.MAPPED, mapped
