@@ -43,7 +43,7 @@ class _Recording(TorchDispatchMode):
     """Appends a node for each ATen call."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self._nodes: dict[int, fx.Node] = {}

@@ -14,59 +14,16 @@ from fxjacobi import ops
 from fxjacobi.graph import TensorSpec
 from fxjacobi.in_place import in_place_writes
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
+from fxjacobi.script_text import HELPERS, OWN, TENSOR_TO_SCALAR, Bools, Constant, NotScriptableError, overloads, text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["NotScriptableError", "ScriptWriter"]
+__all__ = ["ScriptWriter"]
 
-
-class NotScriptableError(Exception):
-    """The graph holds something that TorchScript cannot express; the message says what."""
-
-
-_HELPERS = """
-def fxjacobi_restride(value: Tensor, stride: List[int]) -> Tensor:
-    part = value
-    for dim in range(len(stride)):
-        if stride[dim] == 0 and value.size(dim) > 1:
-            part = part.narrow(dim, 0, 1)
-    result = torch.empty_strided(part.shape, stride, dtype=value.dtype, device=value.device)
-    return result.copy_(part).expand(value.shape)
-
-def fxjacobi_copy(base: Tensor) -> Tensor:
-    unit = max(1, 64 // base.element_size())
-    phase = int(base.storage_offset()) % unit
-    if phase == 0 or not base.is_contiguous():
-        return base.clone()
-    memory = torch.empty([phase + base.numel()], dtype=base.dtype, device=base.device)
-    return memory[phase:].view(base.shape).copy_(base)
-"""
-
-_OWN = frozenset(
-    f"aten::{name}"
-    for name in (
-        "__range_length",
-        "__derive_index",
-        "__getitem__.t",
-        "append.t",
-        "eq.int",
-        "add.int",
-        "mul.int",
-        "copy_",
-    )
-)
-"""What the text around the graph's operations comes to."""
 
 _LARGEST_DISTANCE = 16
 """Registers that a carry may take; loops that reach further back stay in Python."""
-
-_TENSOR_TO_SCALAR = {
-    f"aten::{name}.Tensor": f"aten::{name}.Scalar"
-    for name in ("add", "sub", "mul", "div", "rsub", "eq", "ne", "lt", "le", "gt", "ge", "remainder", "fmod",
-                 "bitwise_and", "bitwise_or", "bitwise_xor", "floor_divide")
-}  # fmt: skip
-"""Overloads that Python calls with a number, which it wraps into a tensor, as the ``Scalar`` ones do in C++."""
 
 
 def _require_tensor(node: fx.Node) -> None:
@@ -80,7 +37,7 @@ class ScriptWriter:
     With ``in_place``, arrays that a loop carries are written without a copy at each step where nobody can tell
     (:mod:`fxjacobi.in_place`); autograd can.
 
-    A value of a graph is the name of its variable, a :class:`_Constant`, or a list of these where a nested graph
+    A value of a graph is the name of its variable, a :class:`Constant`, or a list of these where a nested graph
     returned several.
     """
 
@@ -90,7 +47,6 @@ class ScriptWriter:
         """Writes that go into the array itself."""
         self._lines: list[str] = []
         self._parameters: list[str] = []
-        self._constants: list[tuple[str, str]] = []
         self._constant_lines: dict[str, str] = {}
         self._depth = 1
         self._names = 0
@@ -146,14 +102,14 @@ class ScriptWriter:
         self._wanted["aten::stack"] += len(self._guards)
         text = "\n".join([head, *constants, *self._lines, f"    return [{', '.join(returned)}]"])
         try:
-            unit = torch.jit.CompilationUnit(f"{_HELPERS}\n{text}\n")
+            unit = torch.jit.CompilationUnit(f"{HELPERS}\n{text}\n")
         except RuntimeError as error:
             raise NotScriptableError(f"TorchScript does not take it: {str(error).strip().splitlines()[0]}") from error
         function: Callable[..., Any] = unit.run
-        found = _overloads(function.graph)  # type: ignore[attr-defined]
+        found = overloads(function.graph)  # type: ignore[attr-defined]
         for name, count in found.items():
             # What nobody reads is left out; what nobody asked for is another overload.
-            if count > self._wanted[name] and name not in _OWN:
+            if count > self._wanted[name] and name not in OWN:
                 raise NotScriptableError(f"an operation resolves to another overload, {name}")
         return function
 
@@ -171,10 +127,10 @@ class ScriptWriter:
                     values[node] = self._call(node, values)
                 case "call_module":
                     inner = module.get_submodule(str(node.target))
-                    given = [values[a] if isinstance(a, fx.Node) else _Constant(a) for a in node.args]
+                    given = [values[a] if isinstance(a, fx.Node) else Constant(a) for a in node.args]
                     values[node] = self._inner(inner, given)
                 case "output":
-                    return [values[a] if isinstance(a, fx.Node) else _Constant(a) for a in node.args[0]]
+                    return [values[a] if isinstance(a, fx.Node) else Constant(a) for a in node.args[0]]
                 case _:
                     raise NotScriptableError(f"{node.op} {node.target}")
         raise NotScriptableError("the graph has no output")
@@ -204,12 +160,17 @@ class ScriptWriter:
             return self._guard(node, values)
         if target is ops.restride:
             value, stride = node.args
-            return self._bind(f"fxjacobi_restride({self._argument(value, values)}, {_text(stride)})")
+            return self._bind(f"fxjacobi_restride({self._argument(value, values)}, {text(stride)})")
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             raise NotScriptableError(f"{getattr(target, '__name__', target)} has no TorchScript form")
         schema = target._schema
         if torch.Tag.nondeterministic_seeded in target.tags or schema.is_mutable:
             raise NotScriptableError(f"{target} draws or writes")
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            known = values[value] if isinstance(value, fx.Node) else value
+            known = known.value if isinstance(known, Constant) else known
+            if type(known) is bool and str(argument.type) in ("Tensor", "number"):
+                raise NotScriptableError("a bool beside a tensor, which TorchScript makes an integer")
         arguments = [self._argument(a, values) for a in node.args]
         arguments += [f"{name}={self._argument(value, values)}" for name, value in node.kwargs.items()]
         self._wanted[self._overload(target, node, values)] += 1
@@ -221,9 +182,9 @@ class ScriptWriter:
         name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
         second = node.args[1] if len(node.args) > 1 else None
         second = values[second] if isinstance(second, fx.Node) else second
-        second = second.value if isinstance(second, _Constant) else second
+        second = second.value if isinstance(second, Constant) else second
         number = isinstance(second, (int, float, complex)) or (isinstance(second, str) and second in self._numbers)
-        return _TENSOR_TO_SCALAR.get(name, name) if number else name
+        return TENSOR_TO_SCALAR.get(name, name) if number else name
 
     def _bind(self, expression: str) -> str:
         name = self._name()
@@ -233,14 +194,14 @@ class ScriptWriter:
     def _argument(self, value: Any, values: dict[fx.Node, Any]) -> str:
         if isinstance(value, fx.Node):
             found = values[value]
-            if isinstance(found, _Constant):
-                return _text(found.value)
-            if isinstance(found, list):
-                raise NotScriptableError("a tuple is an argument")
+            if isinstance(found, Constant):
+                return text(found.value)
+            if isinstance(found, (list, Bools)):
+                raise NotScriptableError("a tuple, or a bool of the step, is an argument")
             return str(found)
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(self._argument(v, values) for v in value)}]"
-        return _text(value)
+        return text(value)
 
     def _guard(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         """Collect what the guard looks at: it is checked when the steps are done, which is soon enough."""
@@ -249,7 +210,7 @@ class ScriptWriter:
             raise NotScriptableError("a guard on what is no tensor")
         if isinstance(expected, fx.Node):
             known = values[expected]
-            wanted = self._literals.get(expected, (known.value,) if isinstance(known, _Constant) else ())
+            wanted = self._literals.get(expected, (known.value,) if isinstance(known, Constant) else ())
             if not wanted:
                 raise NotScriptableError("a guard whose expectation is computed")
         else:
@@ -403,49 +364,11 @@ class ScriptWriter:
     def _literal(self, values: Sequence[Any], t: str) -> Any:
         kinds = {type(v) for v in values}
         if all(v == values[0] and type(v) is type(values[0]) for v in values):
-            return _Constant(values[0])
+            return Constant(values[0])
         if kinds == {int}:
             return self._indices(values, t)
-        if kinds in ({float}, {bool}):
-            (kind,) = kinds
-            return f"{self._constant(f'List[{kind.__name__}]', _text(list(values)))}[{t}]"
+        if kinds == {float}:
+            return f"{self._constant('List[float]', text(list(values)))}[{t}]"
+        if kinds == {bool}:
+            return Bools()  # a guard may expect them; an operation would take them for integers
         raise NotScriptableError(f"a literal that is {' or '.join(sorted(k.__name__ for k in kinds))} by the step")
-
-
-class _Constant:
-    """A Python value in the place of a node."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _text(value: Any) -> str:
-    """Return TorchScript source of a Python constant."""
-    match value:
-        case None | bool() | int():
-            return repr(value)
-        case float():
-            return repr(value) if value == value and abs(value) != float("inf") else f"float('{value}')"
-        case complex():
-            raise NotScriptableError("a complex number")
-        case str():
-            return repr(value)
-        case torch.dtype() | torch.memory_format() | torch.layout():
-            return str(value)
-        case torch.device():
-            return f"torch.device('{value}')"
-        case list() | tuple():
-            return f"[{', '.join(_text(v) for v in value)}]"
-        case _Constant():
-            return _text(value.value)
-    raise NotScriptableError(f"a {type(value).__name__} is an argument")
-
-
-def _overloads(graph: Any) -> Counter[str]:
-    found: Counter[str] = Counter()
-    for node in graph.nodes():
-        if node.kind().startswith("aten::"):
-            found[node.schema().split("(")[0]] += 1
-        for block in node.blocks():
-            found += _overloads(block)
-    return found

@@ -17,7 +17,8 @@ import torch
 
 from fxjacobi.loops import Carried, Invariant, Loop, Scanned, Table
 from fxjacobi.ops import guard_steps
-from fxjacobi.script_writer import NotScriptableError, ScriptWriter
+from fxjacobi.script_text import NotScriptableError
+from fxjacobi.script_writer import ScriptWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -131,8 +131,10 @@ def test_a_loop_within_a_loop_is_one_call() -> None:
         (lambda h, x: (aten.add_.Tensor(aten.clone.default(h), x),), "writes"),
         (lambda h, x: (node(_mystery, h, x),), "_mystery has no TorchScript form"),
         (lambda h, x: (aten.add.Tensor(h, x), 3), "no tensor"),
+        (lambda h, x: (aten.mul.Tensor(h, True),), "makes an integer"),
+        (lambda h, x: (aten.bitwise_xor.Scalar(aten.gt.Tensor(h, x), False),), "makes an integer"),
     ],
-    ids=["random", "in place", "unknown", "number"],
+    ids=["random", "in place", "unknown", "number", "bool", "bool as a scalar"],
 )
 def test_what_it_cannot_say_is_refused(body: Callable[..., tuple[Any, ...]], match: str) -> None:
     loop, _ = recurrence(body)
@@ -154,7 +156,7 @@ def _mystery(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def test_an_overload_that_resolves_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxjacobi import script_writer
 
-    monkeypatch.setattr(script_writer, "_TENSOR_TO_SCALAR", {})
+    monkeypatch.setattr(script_writer, "TENSOR_TO_SCALAR", {})
     loop, _ = recurrence(lambda h, x: (aten.add.Tensor(aten.mul.Tensor(h, 2), x),))
     with pytest.raises(NotScriptableError, match="another overload"):
         script_loop(loop)
@@ -236,6 +238,24 @@ def test_guards_of_an_inner_loop_are_checked_at_every_step_of_the_outer() -> Non
     operands[1][4, 7, 0, 0] = 101.0
     with pytest.raises(GuardFailed):
         steps(operands)
+
+
+def test_bools_of_the_step_serve_guards_alone() -> None:
+    def expecting(h: Any, x: Any, n: Any) -> tuple[Any, ...]:
+        node(ops.guard, aten.any.default(aten.gt.Scalar(x, 100.0)), n)
+        return (aten.add.Tensor(h, x),)
+
+    flags = (False, True, False, False, True, False, False, False)
+    operands = [torch.zeros(4, 3), torch.zeros(8, 4, 3)]
+    operands[1][1] = operands[1][4] = 101.0
+    bindings = [Carried(0, 1, (0,)), Scanned(1, 0, range(8)), Literal(flags)]
+    loop = make_loop(expecting, 8, bindings, [Stacked(0)], operands)
+    assert same_bits(script_loop(loop)(operands), loop(*operands))
+    multiplied = make_loop(
+        lambda h, x, n: (aten.add.Tensor(aten.mul.Tensor(h, n), x),), 8, bindings, [Stacked(0)], operands
+    )
+    with pytest.raises(NotScriptableError, match="bool of the step"):
+        script_loop(multiplied)
 
 
 def test_a_guard_that_is_no_tensor_is_refused() -> None:
