@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everybody gives it
@@ -51,15 +50,19 @@ def signal_levels(device: torch.device | None = None) -> Tensor:
 
 @torch.no_grad()
 def sample(model: Denoiser, noise: Tensor, steps: int = 100) -> Tensor:
-    """Images (B, 1, H, W) from noise of that shape, by so many deterministic steps."""
-    levels = signal_levels(noise.device)
-    times = torch.linspace(999, 0, steps + 1).long().tolist()
+    """Images (B, 1, H, W) from noise of that shape, by so many deterministic steps.
+
+    From level a of the signal to level b: x <- sqrt(b / a) x + (sqrt(1 - b) - sqrt(b (1 - a) / a)) estimate(x).
+    """
+    times = torch.linspace(999, 0, steps + 1).long()
+    levels = signal_levels(noise.device)[times]
+    now, after = levels[:-1], levels[1:]
+    shrink = (after / now).sqrt()
+    follow = (1 - after).sqrt() - shrink * (1 - now).sqrt()
     x = noise
-    for now, after in pairwise(times):
-        t = torch.full((x.shape[0],), now, device=x.device)
-        estimate = model(x, t)
-        image = (x - (1 - levels[now]).sqrt() * estimate) / levels[now].sqrt()
-        x = levels[after].sqrt() * image + (1 - levels[after]).sqrt() * estimate
+    for k, time in enumerate(times[:-1].tolist()):
+        t = torch.full((x.shape[0],), time, device=x.device)
+        x = shrink[k] * x + follow[k] * model(x, t)
     return x
 
 
@@ -87,6 +90,11 @@ def untrained() -> Denoiser:
 def digits_model() -> Denoiser:
     """The network trained on the digits at 28x28."""
     return pretrained("ddim", untrained(), train)
+
+
+def small_digits_model() -> Denoiser:
+    """The network trained on the digits at 8x8, whose Jacobian is small enough for Newton's method; trained at first use."""
+    return pretrained("ddim_8", untrained(), lambda model: train(model, size=8))
 
 
 def main() -> None:

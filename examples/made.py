@@ -59,10 +59,11 @@ class MADE(nn.Module):
 @torch.no_grad()
 def sample(model: MADE, n: int) -> Tensor:
     """Draw (n, D), dimension by dimension, one run of the whole network a dimension."""
-    x = torch.zeros(n, model.features)
+    device = next(model.parameters()).device
+    x = torch.zeros(n, model.features, device=device)
     for t in range(model.features):
         mean, logscale = model(x).chunk(2, -1)
-        x[:, t] = mean[:, t] + logscale[:, t].exp() * torch.rand(n).logit()
+        x[:, t] = mean[:, t] + logscale[:, t].exp() * torch.rand(n, device=device).logit()
     return x
 
 
@@ -77,7 +78,7 @@ def sample_cached(model: MADE, n: int) -> Tensor:
     last_bias = last.bias.view(2, -1)
     pairs = w3.view(2, model.features, -1)
     done = torch.searchsorted(model.degrees, torch.arange(model.features), right=True).tolist()
-    x = torch.zeros(n, model.features)
+    x = torch.zeros(n, model.features, device=w1.device)
     h1, h2 = x.new_zeros(n, w1.shape[0]), x.new_zeros(n, w2.shape[0])
     start = 0
     for t, stop in enumerate(done):
@@ -86,7 +87,7 @@ def sample_cached(model: MADE, n: int) -> Tensor:
             h2[:, start:stop] = F.linear(h1[:, :stop], w2[start:stop, :stop], second.bias[start:stop]).relu()
             start = stop
         mean, logscale = F.linear(h2[:, :stop], pairs[:, t, :stop], last_bias[:, t]).unbind(-1)
-        x[:, t] = mean + logscale.exp() * torch.rand(n).logit()
+        x[:, t] = mean + logscale.exp() * torch.rand(n, device=x.device).logit()
     return x
 
 

@@ -267,6 +267,25 @@ def sample(model: PixelCNNpp, n: int, size: int = 28) -> Tensor:
     return x
 
 
+@torch.no_grad()
+def inpaint(model: PixelCNNpp, image: Tensor, count: int) -> Tensor:
+    """Draw the last `count` pixels of images (n, C, H, W) anew, in raster order, given those before them."""
+    n, channels, height, width = image.shape
+    x = image.clone()
+    x.view(n, channels, -1)[:, :, height * width - count :] = 0
+    for k in range(height * width - count, height * width):
+        i, j = divmod(k, width)
+        x[:, :, i, j] = draw(model(x)[:, :, i, j], channels)
+    return x
+
+
+def full_model(settings: Settings = PAPER_CIFAR) -> PixelCNNpp:
+    """The network at the paper's size, untrained, the same in every process, as it is when it samples."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return PixelCNNpp(settings).eval()
+
+
 def train(model: PixelCNNpp, steps: int = 700, batch: int = 16, seed: int = 0) -> list[float]:
     """Train on the digits' strokes at 28x28; the losses, in bits per dimension."""
     images = signed(strokes()).unsqueeze(1).to(next(model.parameters()).device)

@@ -39,7 +39,8 @@ def fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     losses = []
     model.train()
-    with torch.random.fork_rng(devices=[]):
+    # A model may be trained where it is first used, which may be inside no_grad.
+    with torch.enable_grad(), torch.random.fork_rng(devices=[data.device] if data.is_cuda else []):
         torch.manual_seed(seed)
         for _ in range(steps):
             rows = torch.randint(data.shape[0], (batch,)).to(data.device)

@@ -57,7 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--only", nargs="+", metavar="NAME", help="only these benchmarks")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     bench.add_argument("--threads", type=int, help="threads of torch (as it is)")
+    bench.add_argument(
+        "--quick", action="store_true", help="tiny sizes, where a benchmark has them, to see that it runs"
+    )
+    bench.add_argument("--rounds", type=int, default=5, help="rounds of timing, whose medians are shown (%(default)s)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements as JSON")
+    bench.add_argument("--resume", action="store_true", help="keep what the JSON file holds, measure what it does not")
+    bench.add_argument("--pictures", type=Path, metavar="FOLDER", help="also draw the measurements")
+    bench.add_argument("--page", type=Path, metavar="FILE", help="also fill the tables of this page of Markdown")
+    bench.add_argument("--read", type=Path, nargs="+", metavar="FILE", help="measure nothing: draw and fill from these")
     bench.add_argument("--list", action="store_true", help="print the benchmarks' names and stop")
     bench.set_defaults(run=_bench)
     return parser
@@ -100,13 +108,13 @@ def _verify(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     import torch
 
-    from fxjacobi.bench import SUITE, Settings, run
+    from fxjacobi.bench import DEVICE_SUITE, EVERYTHING, SUITE, Settings, run
 
     if options.list:
-        for benchmark in SUITE:
-            print(f"{benchmark.name:16} {benchmark.summary}")
+        for benchmark in EVERYTHING:
+            print(f"{benchmark.name:29} {benchmark.summary}")
         return 0
-    names = [benchmark.name for benchmark in SUITE]
+    names = [benchmark.name for benchmark in EVERYTHING]
     unknown = [name for name in options.only or () if name not in names]
     if unknown:
         raise _Refusal(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(names)}")
@@ -116,9 +124,42 @@ def _bench(options: argparse.Namespace) -> int:
         if options.threads < 1:
             raise _Refusal(f"--threads must be at least 1, not {options.threads}")
         torch.set_num_threads(options.threads)
-    chosen = [benchmark for benchmark in SUITE if not options.only or benchmark.name in options.only]
-    run(chosen, Settings(device=torch.device(options.device)), json_file=options.json)
+    if options.rounds < 1:
+        raise _Refusal(f"--rounds must be at least 1, not {options.rounds}")
+    if options.resume and options.json is None:
+        raise _Refusal("--resume needs --json FILE, which holds what was measured")
+    if options.read and not (options.pictures or options.page):
+        raise _Refusal("--read needs --pictures FOLDER or --page FILE: it measures nothing itself")
+    usual = DEVICE_SUITE if options.device == "cuda" else SUITE
+    chosen = [b for b in EVERYTHING if b.name in options.only] if options.only else list(usual)
+    settings = Settings(device=torch.device(options.device), rounds=options.rounds, quick=options.quick)
+    files: list[Path] = options.read or ([options.json] if options.json else [])
+    if (options.pictures or options.page) and not files:
+        raise _Refusal("--pictures and --page draw from a file: name it by --json or --read")
+    try:
+        if not options.read:
+            run(chosen, settings, json_file=options.json, resume=options.resume)
+        _show(files, options.pictures, options.page)
+    except (ValueError, FileNotFoundError) as error:
+        raise _Refusal(str(error)) from error
     return 0
+
+
+def _show(files: Sequence[Path], pictures: Path | None, page: Path | None) -> None:
+    """Draw and fill from what was measured."""
+    from fxjacobi.bench import EVERYTHING
+    from fxjacobi.bench.page import fill
+    from fxjacobi.bench.pictures import draw
+    from fxjacobi.bench.runner import read
+
+    if pictures is not None:
+        for file in files:
+            facts, rows, _ = read(file)
+            for drawn in draw(rows, pictures, where=f"{facts['device']}, {facts['threads']} threads"):
+                print(f"drawn {drawn}")
+    if page is not None:
+        filled = fill(page, files, EVERYTHING)
+        print(f"filled in {page}: {', '.join(filled) or 'nothing'}")
 
 
 def _load(target: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:

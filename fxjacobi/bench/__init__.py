@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from fxjacobi.bench.benchmark import Benchmark, Row, Settings
 from fxjacobi.bench.runner import run
-from fxjacobi.bench.suite import SUITE
+from fxjacobi.bench.suite import DEVICE_SUITE, EVERYTHING, SUITE
 
-__all__ = ["SUITE", "Benchmark", "Row", "Settings", "run"]
+__all__ = ["DEVICE_SUITE", "EVERYTHING", "SUITE", "Benchmark", "Row", "Settings", "run"]

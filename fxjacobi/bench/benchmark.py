@@ -22,11 +22,13 @@ class Settings:
         device: Where the models run.
         rounds: Rounds of interleaved timing; the medians are reported.
         seed: Seed of weights and inputs.
+        quick: Tiny sizes, to see that a benchmark runs; its numbers say nothing.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rounds: int = 5
     seed: int = 0
+    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,7 @@ class Benchmark(ABC):
     @abstractmethod
     def rows(self, settings: Settings) -> Iterator[Row]:
         """Measure, and yield one row after the other as they are done."""
+
+    def cases(self) -> tuple[str, ...]:
+        """The rows of a full run, by name, where a table must say which of them were not measured."""
+        return ()

@@ -11,6 +11,7 @@ from torch import nn
 
 import fxjacobi
 from fxjacobi.bench.benchmark import Benchmark, Row, Settings
+from fxjacobi.capture import record
 from fxjacobi.testing.assertions import assert_equal_bits
 from fxjacobi.timing import interleaved, once
 
@@ -42,15 +43,22 @@ def _loop(settings: Settings, steps: int) -> tuple[GRULoop, torch.Tensor]:
     return GRULoop(64).to(settings.device), torch.randn(steps, 8, 64).to(settings.device)
 
 
+def _elementwise(x: torch.Tensor, operations: int) -> torch.Tensor:
+    """``operations`` operations on ``x``, all in one loop: nothing that could be recorded once and called again."""
+    for _ in range(operations // 4):
+        x = torch.tanh(x * 0.5 + 0.1) - 0.2
+    return x
+
+
 class CaptureCost(Benchmark):
-    """First call beside ordinary call at T = 256, 1k, 4k and 16k; the cost must grow linearly."""
+    """First call beside ordinary call at T = 256, 1k, 4k and 16k, and recording alone; both must grow linearly."""
 
     name = "capture-cost"
     summary = "first call of a GRU-cell loop (H=64, B=8) beside its ordinary run"
 
     def rows(self, settings: Settings) -> Iterator[Row]:
-        """Yield a row for each length."""
-        for steps in (256, 1024, 4096, 16384):
+        """Yield a row for each length, then one for each number of operations recorded."""
+        for steps in (16,) if settings.quick else (256, 1024, 4096, 16384):
             model, x = _loop(settings, steps)
             with torch.no_grad():
                 (ordinary_s,) = interleaved([partial(model, x)], rounds=3)
@@ -67,6 +75,30 @@ class CaptureCost(Benchmark):
                     "equal": True,
                 },
             )
+        for operations in (64,) if settings.quick else (1_000, 4_000, 16_000):
+            yield self._recording(settings, operations)
+
+    @staticmethod
+    def _recording(settings: Settings, operations: int) -> Row:
+        """Recording alone, without the passes, the plan and the check that follow it."""
+        x = torch.full((8, 64), 0.5, device=settings.device)
+        with torch.no_grad():
+            (ordinary_s,) = interleaved([partial(_elementwise, x, operations)], rounds=3)
+            recorded, first_s = once(partial(record, _elementwise, (x, operations), {}))
+        assert recorded.capture is not None
+        assert recorded.capture.operations == operations
+        assert_equal_bits(recorded.result, _elementwise(x, operations))
+        return Row(
+            f"recording alone, {operations} operations",
+            {
+                "ordinary_s": ordinary_s,
+                "first_call_s": first_s,
+                "more_s": first_s - ordinary_s,
+                "more_per_operation_us": (first_s - ordinary_s) / operations * 1e6,
+                "ratio": first_s / ordinary_s,
+                "equal": True,
+            },
+        )
 
 
 class CompileTime(Benchmark):

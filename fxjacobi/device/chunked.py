@@ -2,10 +2,8 @@
 
     y_{c+1} <- F_c(y_c) for all chunks c at once;    moved_c = |y_c - old y_c| / tolerance
 
-(:class:`fxjacobi.methods.chunked.Chunked`; arXiv 2002.03629, section 4.2). The updates, a number a chunk, travel to the host,
-which decides as the method does, one sweep late; meanwhile the next sweep runs, and leaves nothing worse. The equations
-of the result are then evaluated all at once, in a graph too, and one read says whether each holds within the tolerance.
-Where one does not, the block is solved uncaptured, which completes in the ordinary order.
+(:class:`fxjacobi.methods.chunked.Chunked`; arXiv 2002.03629, section 4.2). No chunk is dropped when it is final: a graph
+has the same shapes at every sweep. How a solve runs is in :mod:`fxjacobi.device.solve_form`.
 """
 
 from __future__ import annotations
@@ -16,27 +14,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.batched_body import Strategy
 from fxjacobi.constants import constant
-from fxjacobi.device.form import DeviceForm, Session
-from fxjacobi.device.hazards import indexes_by_guess
-from fxjacobi.device.norms import agreement, distance, leading_count, relative
-from fxjacobi.device.runner import Captured, Late, Refused
+from fxjacobi.device.fused import fused
+from fxjacobi.device.norms import distance, leading_count
+from fxjacobi.device.runner import Late, Refused
+from fxjacobi.device.solve_form import SolveForm, SolveSession
 from fxjacobi.loops import Carried, Invariant, Literal
 from fxjacobi.methods.chunked import Chunked
-from fxjacobi.methods.guess import Base
-from fxjacobi.methods.method import Contract
 from fxjacobi.methods.settle import errors_to_come, floors, leading, observed_gains
-from fxjacobi.system import System
+from fxjacobi.timing import interleaved
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fxjacobi.batched_body import Layout
+    from fxjacobi.certificate import Solution
+    from fxjacobi.device.form import Session
     from fxjacobi.device.operands import StaticOperands
     from fxjacobi.device.runner import GraphRunner
     from fxjacobi.solved_loop import SolvedLoop
-    from fxjacobi.system import Carry, States
+    from fxjacobi.system import Carry, States, System
 
 __all__ = ["ChunkedForm"]
 
@@ -44,47 +42,36 @@ _OPERATIONS = 65536
 """Operations that the graph of one sweep may hold."""
 
 
-class ChunkedForm(DeviceForm):
-    """See the module's docstring.
-
-    Args:
-        solved: A loop solved by :class:`fxjacobi.methods.chunked.Chunked` within a tolerance.
-        runner: What captures.
-        device: Where.
-    """
+class ChunkedForm(SolveForm):
+    """See the module's docstring; for loops solved by :class:`fxjacobi.methods.chunked.Chunked`."""
 
     def __init__(self, solved: SolvedLoop, runner: GraphRunner, device: torch.device) -> None:
-        # Sweeps are counted one later than uncaptured, so iterates differ within the tolerance: the check decides.
-        super().__init__(runner, device, compare=False)
-        loop = self.loop = solved.loop
-        self.contract = solved.contract
-        self.guess, self.memory_limit = solved.guess, solved.memory_limit
+        super().__init__(solved, runner, device)
         method = solved.method
-        placeholders = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
-        carried = [n for n, b in zip(placeholders, loop.bindings, strict=True) if isinstance(b, Carried)]
-        hazard = indexes_by_guess(loop.body, carried)
-        if not isinstance(method, Chunked) or solved.batch is not None or self.contract.exact:
-            self.refused = Refused("only chunks within a tolerance have captured sweeps")
-        elif not isinstance(solved.guess, Base) or solved.warm_start:
-            self.refused = Refused("its sweeps start from another guess than the values before the loop")
-        elif hazard is not None:
-            self.refused = Refused(hazard)
-        else:
-            reach = max(b.distance for b in loop.bindings if isinstance(b, Carried))
-            self.length = min(loop.trip_count, max(method.chunk, reach))
-            self.warm_up = method.warm_up
-            size = sum(node.op.startswith("call") for node in loop.body.graph.nodes)
-            if size * self.length > _OPERATIONS:
-                self.refused = Refused(f"a sweep holds {size * self.length} operations, too many for one graph")
+        assert isinstance(method, Chunked)
+        reach = max(b.distance for b in self.loop.bindings if isinstance(b, Carried))
+        self.length = min(self.loop.trip_count, max(method.chunk, reach))
+        self.warm_up = method.warm_up
+        self.fuses, self.fusing = solved.fuse, ""
+        size = self.operations * self.length
+        if self.refused is None and size > _OPERATIONS:
+            self.refused = Refused(f"a sweep holds {size} operations, too many for one graph")
+        elif self.refused is None and self.length == self.loop.trip_count:
+            self.refused = Refused("one chunk is the ordinary order")
 
     @override
     def describe(self) -> str:
-        return "each sweep is a captured graph"
+        return "; ".join(part for part in (super().describe(), self.fusing) if part)
 
     @override
     def build(self, operands: StaticOperands) -> Session | Refused:
         session = _ChunkedSession(self, operands)
-        return session.capture() or session
+        refused = session.capture()
+        if refused is not None:
+            return refused
+        if self.fuses:
+            self.fusing = session.fuse()
+        return session
 
 
 class _Rows:
@@ -95,6 +82,7 @@ class _Rows:
         self.steps = [[start + inner for start in starts] for inner in range(length)]
         self.layout: Layout
         self.columns: list[Any] = []
+        self.fused: Callable[..., Sequence[Any]] | None = None
         self._bindings = system.loop.bindings
 
     def gather(self, system: System, heads: Sequence[torch.Tensor]) -> None:
@@ -124,6 +112,7 @@ class _Rows:
     def run(self, system: System, heads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the state's components and the other outputs that are results, each ``(rows, length, *shape)``."""
         layout = self.layout
+        run = layout.run if self.fused is None else self.fused
         packed = [layout.pack(head) for head in heads]
         outputs = (*system.components, *system.others)
         histories: dict[int, list[torch.Tensor]] = {output: [] for output in outputs}
@@ -135,60 +124,30 @@ class _Rows:
                 known = inner >= carry.distance
                 arguments[carry.placeholder] = history[inner - carry.distance] if known else packed[offset + inner]
                 offset += carry.depth
-            found = layout.run(*arguments)
+            found = run(*arguments)
             for output, history in histories.items():
                 history.append(found[output])
         return [torch.stack([layout.unpack(v) for v in histories[o]], dim=1) for o in outputs]
 
 
-class _ChunkedSession(Session):
+class _ChunkedSession(SolveSession):
     def __init__(self, form: ChunkedForm, operands: StaticOperands) -> None:
-        super().__init__(operands)
-        self.form, self.contract = form, form.contract
-        length, total = form.length, form.loop.trip_count
-        self.count, self.total = -(-total // length), total
+        super().__init__(form, operands)
+        length, total = form.length, self.total
+        self.length, self.count = length, -(-total // length)
         self.starts = tuple(min(c * length, total - length) for c in range(self.count))
-        self.system = self._system()
         self.rows = _Rows(self.system, self.starts, length)
-        reach = self.system.reach
-        warm = max(reach, min(form.warm_up, self.starts[1])) if form.warm_up and self.count > 1 else 0
+        warm = max(self.system.reach, min(form.warm_up, self.starts[1])) if form.warm_up else 0
         self.warm = _Rows(self.system, [max(0, s - warm) for s in self.starts[1:]], warm) if warm else None
         self.warm_heads: list[torch.Tensor] = []
         self.heads = [torch.empty_like(head) for head in self._heads(self.system.base(), self.starts)]
-        self.flags = 2 * self.count + (self.count - 1 if self.warm else 0)
-        self.reader = form.runner.reader(self.flags, torch.float64, form.device)
-        self.verdict = form.runner.reader(2, torch.float64, form.device)
+        flags = 2 * self.count + (self.count - 1 if self.warm else 0)
+        self.reader = form.runner.reader(flags, torch.float64, form.device)
 
-    def _system(self) -> System:
-        return System(self.form.loop, self.operands.values, memory_limit=self.form.memory_limit)
-
-    def capture(self) -> Refused | None:
-        """Capture the start of a call, a sweep and the check."""
-        if self.count < 2:
-            return Refused("one chunk is the ordinary order")
-        if self.system.rows_limit < self.total:
-            return Refused("its steps do not fit in the memory allowed, all at once")
-        self._begin()
-        for _ in range(2):  # ways of batching are chosen and traced before anything is captured
-            self.found = tuple(self._sweep()[1:])
-            self._check()
-        found: list[Captured] = []
-        for program in (self._begin, self._sweep, self._check):
-            captured = self.form.runner.capture(program, self.form.device)
-            if isinstance(captured, Refused):
-                return captured
-            captured.replay()  # what the next program reads must be there before it is warmed up
-            found.append(captured)
-            if program == self._sweep:
-                self.found = captured.outputs[1:]
-        self.begin, self.sweep, self.check = found
-        return None
-
-    # -- the programs ---------------------------------------------------------------------------------------------
-
-    def _begin(self) -> Sequence[torch.Tensor]:
+    @override
+    def begin_program(self) -> Sequence[torch.Tensor]:
         """Gather the inputs; the first chunk starts are the values before the loop, run through the warm-up."""
-        system = self.system = self._system()
+        system = self.system = self.make_system()
         base = system.base()
         heads = self._heads(base, self.starts)
         if self.warm is not None:
@@ -202,7 +161,8 @@ class _ChunkedSession(Session):
         self.rows.gather(system, self.heads)
         return [first]
 
-    def _sweep(self) -> Sequence[torch.Tensor]:
+    @override
+    def sweep_program(self) -> Sequence[torch.Tensor]:
         system, contract = self.system, self.contract
         found = [self._assembled(value) for value in self.rows.run(system, self.heads)]
         states = tuple(found[: len(system.components)])
@@ -219,19 +179,6 @@ class _ChunkedSession(Session):
             buffer.copy_(head)
         return [torch.cat(numbers), *found]
 
-    def _check(self) -> Sequence[torch.Tensor]:
-        """Evaluate every equation at the trajectory that the last sweep left."""
-        system, every = self.system, Contract(rtol=1.0)
-        states = tuple(self.found[: len(system.components)])
-        outputs = system.evaluate(states)
-        values = system.pick(outputs)
-        floor = floors(values, self.contract)
-        holds = (distance(values, states, self.contract) <= torch.maximum(floor, torch.ones_like(floor))).all()
-        for step in sorted({0, self.total // 2, self.total - 1}):
-            alone = system.pick(system.alone(states, step))
-            holds = holds & agreement(alone, tuple(value[step] for value in values))
-        return [torch.stack([holds.double(), relative(values, states, every)]), *(outputs[o] for o in system.others)]
-
     def _heads(self, states: States, starts: Sequence[int]) -> list[torch.Tensor]:
         """Return what each carry reads at steps ``start + j``, ``j < distance``, of each chunk."""
         return [
@@ -239,6 +186,36 @@ class _ChunkedSession(Session):
             for carry in self.system.carries
             for inner in range(carry.depth)
         ]
+
+    def fuse(self) -> str:
+        """Capture the sweep with fused kernels too, keep the faster, and return what was measured."""
+        arguments = [column[0] for column in self.rows.columns]
+        position = 0
+        for carry in self.system.carries:
+            arguments[carry.placeholder] = self.rows.layout.pack(self.heads[position])
+            position += carry.depth
+        each = self.rows.layout.strategy is Strategy.EACH
+        graph = None if each else self.rows.layout.graph(arguments)
+        compiled = Refused("it has no graph") if graph is None else fused(graph, arguments)
+        if isinstance(compiled, Refused):
+            return f"not fused: {compiled.reason}"
+        plain, found = self.sweep, self.found
+        self.rows.fused = compiled
+        captured = self.form.runner.capture(self.sweep_program, self.form.device)
+        if isinstance(captured, Refused):
+            self.rows.fused = None
+            return f"not fused: {captured.reason}"
+        usual_s, fused_s = interleaved([plain.replay, captured.replay], rounds=5)
+        times = f"{fused_s * 1e3:.3f} ms a sweep fused by Inductor, {usual_s * 1e3:.3f} ms as recorded"
+        if fused_s >= usual_s:
+            self.rows.fused = None
+            return f"not fused: {times}"
+        self.sweep, self.found = captured, captured.outputs[1:]
+        refused = self.capture_check()
+        if refused is not None:
+            self.sweep, self.found, self.rows.fused = plain, found, None
+            return f"not fused: {refused.reason}"
+        return times
 
     def _warmed(self, warm: _Rows, found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the chunk starts that the warm-up came to, each chunk's from its own (the last two may overlap)."""
@@ -266,7 +243,7 @@ class _ChunkedSession(Session):
 
     def _assembled(self, value: torch.Tensor) -> torch.Tensor:
         """Return ``(chunks, length, *shape)`` as a trajectory; the last chunk overlaps the one before."""
-        overlap = self.count * self.form.length - self.total
+        overlap = self.count * self.length - self.total
         return torch.cat([value[:-1].flatten(0, 1), value[-1, overlap:]]) if overlap else value.flatten(0, 1)
 
     # -- one call -------------------------------------------------------------------------------------------------
@@ -290,18 +267,7 @@ class _ChunkedSession(Session):
                 progress.add(numbers)
         if not progress.done:
             return None
-        self.check.replay()
-        self.verdict.post(self.check.outputs[0])
-        holds, residual = self.verdict.take()
-        if not holds:
-            return None
-        components = len(self.system.components)
-        states = tuple(self.found[:components])
-        others = dict(zip(self.system.others, self.check.outputs[1:], strict=True))
-        results = self.system.results(states, others)
-        prefixes = tuple(progress.prefixes)
-        own = tuple(r.clone() if isinstance(r, torch.Tensor) else r for r in results)
-        return own, Solution(len(prefixes), Certificate.RESIDUAL, residual, prefixes)
+        return self.finish(tuple(progress.prefixes))
 
 
 class _Progress:

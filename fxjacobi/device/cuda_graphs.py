@@ -21,6 +21,7 @@ import contextlib
 import gc
 import logging
 import threading
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,12 +147,13 @@ class CudaGraphs:
         before = torch.cuda.get_sync_debug_mode()
         for turn in range(_WARM_UPS):
             if turn and alone:
-                torch.cuda.set_sync_debug_mode("error")
+                _set_sync_debug_mode("error")
             try:
                 with Capturable():
                     program()
             finally:
-                torch.cuda.set_sync_debug_mode(before)
+                if turn and alone:
+                    _set_sync_debug_mode(before)
 
     def _captured(
         self,
@@ -165,19 +167,25 @@ class CudaGraphs:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         _clear_workspaces()
+        outputs: tuple[torch.Tensor, ...] = ()
+        failure: BaseException | None = None
         with _no_collection():
             try:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     with Capturable():
                         outputs = tuple(program())
-                finally:
-                    graph.capture_end()
-            except BaseException:
+                except BaseException as error:  # noqa: BLE001 - raised again, once the capture has been ended
+                    failure = error
+                graph.capture_end()
+            except RuntimeError as error:
                 self._abandon(graph, pool, device, stream)
-                raise
+                raise failure or error from None
             finally:
                 _clear_workspaces()
+        if failure is not None:
+            graph.reset()
+            raise failure
         return CudaGraph(graph, outputs, constants)
 
     def _abandon(self, graph: Any, pool: Any, device: torch.device, stream: Any) -> None:
@@ -189,6 +197,13 @@ class CudaGraphs:
             torch._C._cuda_endAllocateToPool(device.index, pool)
         except RuntimeError:  # it was ended already, as from torch 2.12 on
             _log.debug("the allocator had left the pool of the failed capture", exc_info=True)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    """Set what happens where the host waits; torch's notice that the mode is a prototype is not the user's concern."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _clear_workspaces() -> None:

@@ -93,6 +93,10 @@ class _SamplingSession(Session):
         """Capture the start of a call and a sweep; return why that is not possible."""
         if self.steps != self.total and self._wants_ends():
             return Refused("results of all steps are wanted of a window")
+        if self.structure.states:
+            return Refused("values that are carried beside the array")
+        if self.steps != self.total and self.block.parts.literals:
+            return Refused("a window over steps with Python values of their own")
         if any(guard.target is not guard_one for guard in self.structure.guards):
             return Refused("a guard that is not of one number a step")
         begin = self.form.runner.capture(self._begin, self.form.device)

@@ -25,7 +25,8 @@ def _maybe(draw: DrawFn, one_in: int) -> bool:
 
 
 def _zeros(writer: Writer, *shape: object) -> str:
-    return f"torch.zeros({', '.join(map(str, shape))}, dtype={writer.sizes.dtype})"
+    # On the device of the arguments, as a program that runs on any device says it.
+    return f"torch.zeros({', '.join(map(str, shape))}, dtype={writer.sizes.dtype}, device={writer.device})"
 
 
 def _initial(draw: DrawFn, writer: Writer) -> str:
@@ -76,7 +77,7 @@ def _random(draw: DrawFn, writer: Writer, state: str) -> str:
     kind = writer.sizes.kind
     writer.features.add("random")
     if kind == "bool":
-        return f"{state} ^ (torch.rand({state}.shape) < 0.5)"
+        return f"{state} ^ (torch.rand({state}.shape, device={state}.device) < 0.5)"
     if kind == "int":
         return f"{state} + torch.randint_like({state}, 5)"
     forms = [f"{state} + 0.1 * torch.randn_like({state})"]
@@ -267,7 +268,7 @@ def draw_writes(draw: DrawFn, writer: Writer) -> None:
             value = f"{logits}[:, {step}] + {noise}[:, {step}]"
             if _maybe(draw, 4):
                 writer.features.add("random")
-                value += f" + 0.1 * torch.randn({sizes.batch}, dtype={sizes.dtype})"
+                value += f" + 0.1 * torch.randn({sizes.batch}, dtype={sizes.dtype}, device={writer.device})"
             writer.line(f"{array}[:, {step}] = {value}")
         writer.states.append(array)
         return

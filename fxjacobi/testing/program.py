@@ -47,12 +47,12 @@ class Argument:
     scale: float = 1.0
     specials: tuple[tuple[int, float], ...] = ()
 
-    def make(self, generator: torch.Generator) -> torch.Tensor:
-        """Return the tensor, its bulk drawn from ``generator``."""
+    def make(self, generator: torch.Generator, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the tensor on ``device``, its bulk drawn from ``generator``, which is the CPU's: equal everywhere."""
         values = self._values(generator)
         for position, special in self.specials if values.numel() else ():
             values.view(-1)[position % values.numel()] = special
-        return self._lay_out(values)
+        return self._lay_out(values.to(device))
 
     def _values(self, generator: torch.Generator) -> torch.Tensor:
         if self.dtype == torch.bool:
@@ -100,8 +100,8 @@ class Program:
     grad: bool = False
     seed: int = 0
 
-    def build(self) -> Callable[..., Any]:
-        """Return the model: a new instance of the module with seeded parameters, or the function.
+    def build(self, device: torch.device | str = "cpu") -> Callable[..., Any]:
+        """Return the model: a new instance of the module with seeded parameters on ``device``, or the function.
 
         Raises:
             ValueError: The source defines neither.
@@ -115,17 +115,17 @@ class Program:
         if "Program" in namespace:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                model: Callable[..., Any] = namespace["Program"]()
+                model: Callable[..., Any] = namespace["Program"]().to(device)
             return model
         if "program" in namespace:
             function: Callable[..., Any] = namespace["program"]
             return function
         raise ValueError("the source of a Program defines `class Program` or `def program`")
 
-    def make_args(self, seed: int = 0) -> tuple[torch.Tensor, ...]:
-        """Return new arguments; the same seed gives the same values."""
+    def make_args(self, seed: int = 0, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
+        """Return new arguments on ``device``; the same seed gives the same values."""
         generator = torch.Generator().manual_seed(seed)
-        return tuple(argument.make(generator) for argument in self.arguments)
+        return tuple(argument.make(generator, device) for argument in self.arguments)
 
     def __call__(self, *arguments: Any) -> Any:
         """Build the model and run it once on ``arguments`` (by default, on ``make_args()``)."""

@@ -62,6 +62,11 @@ class Writer:
     depth: int = 0
     count: int = 0
 
+    @property
+    def device(self) -> str:
+        """The expression for the device that the program runs on: that of its first argument."""
+        return f"{self.arguments[0].name}.device"
+
     def name(self, prefix: str) -> str:
         """Return a name that is not in use."""
         self.count += 1

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import fxjacobi
 from fxjacobi.bench import Benchmark, Row, Settings, run
-from fxjacobi.bench.capture_cost import GRULoop
+from fxjacobi.bench.capture_cost import CaptureCost, GRULoop
 from fxjacobi.bench.overhead import models
 from fxjacobi.bench.runner import shown
 from fxjacobi.testing import assert_equal_bits
@@ -55,6 +55,27 @@ def test_a_result_that_is_not_equal_has_no_speed(tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "b.json").read_text())["benchmarks"]) == ["two"]
 
 
+class Named(Two):
+    name = "named"
+
+    def rows(self, settings: Settings) -> Iterator[Row]:
+        yield Row("wrong", {"not_measured": "it differs", "failed": "it differs"})
+
+
+def test_what_fails_does_not_keep_the_others_from_running(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with pytest.raises(ExceptionGroup) as failed:
+        run(
+            [Unequal(), Named(), Two()], Settings(), json_file=tmp_path / "b.json", console=Console(file=out, width=120)
+        )
+    assert [type(each) for each in failed.value.exceptions] == [AssertionError, AssertionError]
+    assert "named: wrong: it differs" in str(failed.value.exceptions[1])
+    assert "unequal: failed after" in out.getvalue()
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert list(written["benchmarks"]) == ["named", "two"]
+    assert list(written["unfinished"]) == ["unequal"]
+
+
 @pytest.mark.parametrize(
     ("column", "value", "text"),
     [
@@ -81,6 +102,12 @@ def test_the_overhead_table_compares_equal_results(case: str) -> None:
     with torch.no_grad():
         for _ in range(2):
             assert_equal_bits(compiled(*arguments), model(*arguments))
+
+
+def test_the_capture_table_has_rows_of_first_calls_and_of_recording_alone() -> None:
+    rows = list(CaptureCost().rows(Settings(quick=True)))
+    assert [row.case for row in rows] == ["T=16", "recording alone, 64 operations"]
+    assert all(row.values["equal"] and row.values["first_call_s"] > row.values["ordinary_s"] for row in rows)  # type: ignore[operator]
 
 
 def test_the_loop_of_the_capture_table_is_a_gru() -> None:
