@@ -9,6 +9,7 @@ Then one batched vector-Jacobian product with ``c`` gives the gradients of all o
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from fxjacobi.methods.method import Contract, Method
 
 __all__ = ["Adjoint"]
+
+logger = logging.getLogger(__name__)
 
 
 class Adjoint:
@@ -191,30 +194,57 @@ class Adjoint:
             before = gradients[index]
             gradients[index] = value if before is None else before + value
 
-        with torch.enable_grad():
-            system = System(self.loop, leaves, memory_limit=memory_limit)
-            for carry in system.carries:
-                carry.before = carry.before.detach()
-            for start in range(0, system.steps, system.rows_limit):
-                stop = min(system.steps, start + system.rows_limit)
-                outputs = system.body(system.arguments(states, start, stop), stop - start)
-                pairs = [(outputs[o], totals[o][start:stop]) for o in self.outputs if outputs[o].requires_grad]
-                if pairs:
-                    found = torch.autograd.grad(
-                        [p[0] for p in pairs],
-                        [leaves[i] for i in needing],
-                        [p[1] for p in pairs],
-                        allow_unused=True,
-                        retain_graph=stop < system.steps,  # ranges share the views of the operands
-                    )
-                    for index, value in zip(needing, found, strict=True):
-                        if value is not None:
-                            add(index, value)
+        start, rows = 0, self.loop.trip_count
+        system: System | None = None
+        while start < self.loop.trip_count:
+            if system is None:
+                with torch.enable_grad():
+                    system = System(self.loop, leaves, memory_limit=memory_limit)
+                rows = min(rows, system.rows_limit)
+                for carry in system.carries:
+                    carry.before = carry.before.detach()
+            stop = min(system.steps, start + rows)
+            try:
+                found = self._range(system, states, totals, [leaves[i] for i in needing], start, stop)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                rows = (stop - start + 1) // 2
+                system = None  # what the ranges share of the graph may be spent
+                logger.info("gradients of %d steps do not fit in memory; going on with %d", stop - start, rows)
+                continue
+            for index, value in zip(needing, found, strict=True):
+                if value is not None:
+                    add(index, value)
+            start = stop
         for (_, binding), value in zip(self.carries, moved, strict=True):
             for step, operand in enumerate(binding.init[: self.loop.trip_count]):
                 if operand in needing:
                     add(operand, value[step])
         return gradients
+
+    def _range(
+        self,
+        system: System,
+        states: States,
+        totals: dict[int, torch.Tensor],
+        leaves: list[torch.Tensor],
+        start: int,
+        stop: int,
+    ) -> Sequence[torch.Tensor | None]:
+        """Return what steps ``start .. stop-1`` add to the gradients of ``leaves``."""
+        with torch.enable_grad():
+            outputs = system.body(system.arguments(states, start, stop), stop - start)
+            pairs = [(outputs[o], totals[o][start:stop]) for o in self.outputs if outputs[o].requires_grad]
+            if not pairs:
+                return [None] * len(leaves)
+            return torch.autograd.grad(
+                [p[0] for p in pairs],
+                leaves,
+                [p[1] for p in pairs],
+                allow_unused=True,
+                retain_graph=stop < system.steps,  # ranges share the views of the operands
+            )
 
 
 def _detached(value: Any) -> Any:

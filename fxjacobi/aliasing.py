@@ -61,9 +61,10 @@ class View:
 class Region:
     """One storage met during the run.
 
-    ``birth`` is the position of the operation that made it (-1: none did);
-    ``saved`` is what it held before the run's first write. ``origin`` is the placeholder or ``get_attr`` node of memory that was there before the run, else ``None``.
-    The weak reference keeps the storage's address from being reused while keeping none of its bytes.
+    ``birth`` is the position of the operation that made it (-1: none did); ``saved`` is what it held before the run's
+    first write. ``origin`` is the placeholder or ``get_attr`` node of memory that was there before the run, else
+    ``None``. ``plain`` says, once it was asked for, whether the base lies as a new tensor would. The weak reference
+    keeps the storage's address from being reused while keeping none of its bytes.
     """
 
     reference: StorageWeakRef
@@ -74,6 +75,7 @@ class Region:
     origin: fx.Node | None = None
     tensor: torch.Tensor | None = None
     saved: torch.Tensor | None = None
+    plain: bool | None = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor, geometry: Geometry, node: fx.Node) -> Region:

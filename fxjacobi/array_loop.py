@@ -21,14 +21,16 @@ from torch.fx.node import map_arg
 
 from fxjacobi import ops
 from fxjacobi.array_paths import NotAnArrayLoop, numel, positions_of, selection, write_chain, written_part
+from fxjacobi.assemble import assemble
 from fxjacobi.equations import is_effect
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
+from fxjacobi.inline_calls import inline_calls
 from fxjacobi.loops import Carried, Literal, Loop, Scanned, Table
-from fxjacobi.passes.assemble import assemble
-from fxjacobi.passes.inline_calls import inline_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
+
+    from fxjacobi.array_paths import Path
 
 __all__ = ["Access", "ArrayLoop", "NotAnArrayLoop", "Write", "array_loop", "operation_key"]
 
@@ -79,6 +81,8 @@ class ArrayLoop:
         touched: Nodes that depend on the array (and are no version of it).
         tail: The tail, in order: per-step nodes that are neither literals, selections nor writes.
         ends: Nodes whose values leave the steps: written values, then other outputs, then guards' arguments.
+        states: What the tail carries from step to step beside the array, by placeholder (a last token, flags of samples
+            that are done).
     """
 
     loop: Loop
@@ -90,6 +94,7 @@ class ArrayLoop:
     touched: frozenset[fx.Node]
     tail: tuple[fx.Node, ...]
     ends: tuple[fx.Node, ...]
+    states: dict[fx.Node, Carried]
 
     @property
     def trip_count(self) -> int:
@@ -150,6 +155,23 @@ class ArrayLoop:
             rank[flat] = equations[:, None].expand_as(flat)
         return rank.reshape(spec.shape)
 
+    def stepped(self, end: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """Return where the network of ``end`` becomes another one at each step, and what it reads there.
+
+        That is the first operation of the tail that reads what is computed of the whole array, and a value of the step.
+        ``None``: the tail reads selections of the network's results only.
+        """
+        if not any(
+            used in self.versions or used in self.touched for used in self.uses(end) if used not in self.accesses
+        ):
+            return None
+        for node in self.tail:
+            inputs = [used for used in node.all_input_nodes if used not in self.accesses]
+            own = [used for used in inputs if used in self.per_step and used not in self.touched]
+            if own and any(used in self.versions or used in self.touched for used in inputs):
+                return node, own[0]
+        return None
+
     def uses(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """Return what ``node`` of the tail rests on: accesses, whole tensors that are not per step, array versions."""
         found: dict[fx.Node, None] = {}
@@ -172,32 +194,23 @@ def array_loop(loop: Loop) -> ArrayLoop:
     """Take ``loop`` apart.
 
     Raises:
-        NotAnArrayLoop: It carries something else than one array that it fills, draws random numbers, or writes in a
-            way that is not a selection fixed before the loop starts.
+        NotAnArrayLoop: It does not carry one array that it fills, draws random numbers, or writes in a way that is not
+            a selection fixed before the loop starts.
     """
     loop = _tidied(loop)
     body = loop.body
     nodes = list(body.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
     bindings = dict(zip(placeholders, loop.bindings, strict=True))
-    carries = [node for node in placeholders if isinstance(bindings[node], Carried)]
-    if len(carries) != 1:
-        producers = [_producer(body, binding.output) for binding in loop.bindings if isinstance(binding, Carried)]
-        others = [node for node in producers if node is not None and written_part(node) is None]
-        what = "".join(f"; {node.target} at {site_of(node)} makes one" for node in others[:1])
-        message = f"the body carries {len(carries)} values, and not one array alone{what}"
-        raise NotAnArrayLoop(message, others[0] if others else None)
-    array, carry = carries[0], bindings[carries[0]]
-    assert isinstance(carry, Carried)
-    if carry.distance != 1 or not isinstance(spec_of(array), TensorSpec):
-        raise NotAnArrayLoop(f"the carried value comes from {carry.distance} steps before")
     outputs = body.graph.output_node().args[0]
     assert isinstance(outputs, tuple)
-    found = write_chain(outputs[carry.output], array)
+    array, found, states = _carried(body, bindings, outputs)
+    carry = bindings[array]
     versions = [array, *(node for node, _, _ in found)]
     literals = {node: bindings[node].values for node in placeholders if isinstance(bindings[node], Literal)}
 
     per_step: set[fx.Node] = {node for node in placeholders if isinstance(bindings[node], (Literal, Scanned, Table))}
+    per_step |= set(states)
     touched: set[fx.Node] = set()
     for node in nodes:
         if node.op in ("placeholder", "output") or node in versions:
@@ -215,16 +228,19 @@ def array_loop(loop: Loop) -> ArrayLoop:
         writes.append(Write(node, value, positions_of(array, path, literals, loop.trip_count)))
 
     needed, guards = _needed(nodes, versions, outputs, [write.value for write in writes])
-    accesses = {}
+    paths = {}
     for node in nodes:
         if node in needed and node in per_step:
             source_path = selection(node, per_step, literals)
             if source_path is not None:
-                source, path = source_path
-                accesses[node] = Access(node, source, positions_of(source, path, literals, loop.trip_count))
-    tail_users = _tail_users(needed, per_step, accesses, outputs, writes, guards)
-    tail = tuple(node for node in nodes if node in tail_users and node not in accesses and node.op != "placeholder")
-    kept = {node: access for node, access in accesses.items() if node in tail_users}
+                paths[node] = source_path
+    tail_users = _tail_users(needed, per_step, paths, outputs, writes, guards)
+    tail = tuple(node for node in nodes if node in tail_users and node not in paths and node.op != "placeholder")
+    kept = {
+        node: Access(node, source, positions_of(source, path, literals, loop.trip_count))
+        for node, (source, path) in paths.items()
+        if node in tail_users
+    }
     rest = [o for o in outputs if isinstance(o, fx.Node) and o not in versions]
     ends = [*(write.value for write in writes), *rest, *(g.args[0] for g in guards if isinstance(g.args[0], fx.Node))]
     return ArrayLoop(
@@ -237,7 +253,42 @@ def array_loop(loop: Loop) -> ArrayLoop:
         touched=frozenset(touched),
         tail=tail,
         ends=tuple(dict.fromkeys(ends)),
+        states=states,
     )
+
+
+def _carried(
+    body: fx.GraphModule, bindings: dict[fx.Node, Any], outputs: tuple[Any, ...]
+) -> tuple[fx.Node, list[tuple[fx.Node, Any, Path]], dict[fx.Node, Carried]]:
+    """Return the array that the loop fills, its writes, and what it carries beside it."""
+    carries = {node: b for node, b in bindings.items() if isinstance(b, Carried)}
+    chains: dict[fx.Node, list[tuple[fx.Node, Any, Path]]] = {}
+    reason: NotAnArrayLoop | None = None
+    for node, binding in carries.items():
+        try:
+            chains[node] = write_chain(outputs[binding.output], node)
+        except NotAnArrayLoop as no_chain:
+            reason = reason or no_chain
+    if len(chains) != 1:
+        if len(carries) == 1 and reason is not None:
+            raise reason
+        producers = [_producer(body, binding.output) for binding in carries.values()]
+        others = [node for node in producers if node is not None and written_part(node) is None]
+        what = "".join(f"; {node.target} at {site_of(node)} makes one" for node in others[:1])
+        raise NotAnArrayLoop(
+            f"the body carries {len(carries)} values, of which it fills {len(chains)} position by position{what}",
+            others[0] if others else None,
+        )
+    array, found = next(iter(chains.items()))
+    versions = {array, *(node for node, _, _ in found)}
+    states = {node: binding for node, binding in carries.items() if node is not array}
+    for node, binding in carries.items():
+        if binding.distance != 1 or not isinstance(spec_of(node), TensorSpec):
+            raise NotAnArrayLoop(f"the carried value {node} comes from {binding.distance} steps before", node)
+        if node in states and outputs[binding.output] in versions:
+            message = f"the body carries {len(carries)} values, of which {node} is the array as it was a step before"
+            raise NotAnArrayLoop(message, node)
+    return array, found, states
 
 
 def _producer(body: fx.GraphModule, output: int) -> fx.Node | None:
@@ -318,7 +369,7 @@ def _needed(
 def _tail_users(
     needed: set[fx.Node],
     per_step: set[fx.Node],
-    accesses: dict[fx.Node, Access],
+    accesses: Container[fx.Node],
     outputs: tuple[Any, ...],
     writes: list[Write],
     guards: list[fx.Node],

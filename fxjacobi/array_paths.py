@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxjacobi import ops
+from fxjacobi.affine_positions import affine_positions
 from fxjacobi.causal_rules.registry import overloads
 from fxjacobi.causal_rules.views import VIEWS
 from fxjacobi.graph import TensorSpec, spec_of
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["NotAnArrayLoop", "Path", "Region", "numel", "positions_of", "selection", "write_chain", "written_part"]
 
 aten = torch.ops.aten
+
+_RESHAPES = frozenset(overloads("view.default", "_unsafe_view", "reshape", "view_copy.default", "_reshape_alias"))
 
 Path: TypeAlias = "tuple[fx.Node | Region, ...]"
 
@@ -80,6 +83,24 @@ def written_part(node: fx.Node) -> tuple[fx.Node, Any, Path] | None:
     return None
 
 
+def _written_as_seen(node: fx.Node) -> tuple[fx.Node, Any, Path] | None:
+    """Return the parts of a write through another shape: ``base.view(...)`` is written to, and seen as ``base`` again."""
+    inner = node.args[0] if node.target in _RESHAPES else None
+    write = written_part(inner) if isinstance(inner, fx.Node) and len(inner.users) == 1 else None
+    if write is None or write[0].target not in _RESHAPES:
+        return None
+    seen, base = write[0], write[0].args[0]
+    assert isinstance(base, fx.Node)
+    old, new = spec_of(base), spec_of(node)
+    if (
+        not isinstance(old, TensorSpec)
+        or not isinstance(new, TensorSpec)
+        or (old.shape, old.dtype) != (new.shape, new.dtype)
+    ):
+        return None
+    return base, write[1], (seen, *write[2])
+
+
 def _basic(base: torch.Tensor, index: ops.Index) -> torch.Tensor:
     return base[ops.basic_index(index)]
 
@@ -88,7 +109,7 @@ def write_chain(node: Any, array: fx.Node) -> list[tuple[fx.Node, Any, Path]]:
     """Return the writes that lead from ``array`` to ``node``, in order."""
     found: list[tuple[fx.Node, Any, Path]] = []
     while node is not array:
-        write = written_part(node) if isinstance(node, fx.Node) else None
+        write = written_part(node) or _written_as_seen(node) if isinstance(node, fx.Node) else None
         if write is None:
             raise NotAnArrayLoop(f"the carried value is not written in part: {node} makes all of it anew")
         found.append((node, write[1], write[2]))
@@ -106,6 +127,9 @@ def positions_of(
     if not isinstance(spec, TensorSpec):
         raise NotAnArrayLoop(f"{source} is not one tensor")
     indices = torch.arange(numel(spec.shape)).reshape(spec.shape)
+    known = affine_positions(indices, [call for move in path for call in _as_calls(move)], literals, trip_count)
+    if known is not None:
+        return known
     rows = []
     for step in range(trip_count):
 
@@ -133,7 +157,20 @@ def positions_of(
     return torch.stack(rows)
 
 
-_RESHAPES = frozenset(overloads("view.default", "_unsafe_view", "reshape", "view_copy.default", "_reshape_alias"))
+def _as_calls(move: fx.Node | Region) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Return a step of a path as ``(function, arguments after the tensor, keyword arguments)``, or several."""
+    if isinstance(move, fx.Node):
+        return [(move.target, move.args[1:], dict(move.kwargs))]
+    if move.operation is not _basic:
+        return [(move.operation, move.arguments, {})]
+    # X[:, i, j]: one selection or slice a dimension, the last first, so that the others keep their numbers.
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    for dim, entry in reversed(list(enumerate(move.arguments[0]))):
+        if isinstance(entry, tuple):
+            calls.append((aten.slice.Tensor, (dim, *entry), {}))
+        elif entry is not None:
+            calls.append((aten.select.int, (dim, entry), {}))
+    return calls
 
 
 def selection(

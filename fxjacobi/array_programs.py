@@ -4,7 +4,8 @@
     network(X, invariants, prelude)   what the tail reads of the array, at the shapes of the ordinary run, and a flag
     tail                              a Map loop over the steps: selected elements, noise -> values to write, ...
 
-The flag is NaN exactly if a value that an absorbing constant should have silenced (``0 * x``) was not finite.
+The flags are NaN exactly if a value that an absorbing constant should have silenced (``0 * x``) was not finite, or an
+element of the array or an input is beyond the limit that the proof rests on.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch import fx
 
 from fxjacobi import ops
 from fxjacobi.array_loop import operation_key
+from fxjacobi.assemble import assemble
+from fxjacobi.causal_rules.finite_masks import limit_flag
 from fxjacobi.emit import dense_stride
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
-from fxjacobi.loops import Binding, Invariant, Literal, Loop, Scanned, Stacked, Table
-from fxjacobi.passes.assemble import assemble
+from fxjacobi.loops import Binding, Carried, Invariant, Literal, Loop, Scanned, Stacked, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from fxjacobi.array_loop import ArrayLoop
     from fxjacobi.causality import CausalityProof
@@ -41,7 +43,7 @@ class TailInput:
     Args:
         node: The body's node that it stands for.
         kind: ``"access"`` (selected from the array or the network), ``"step"`` (the loop's own scanned or table
-            operand), ``"whole"`` (the same tensor at every step).
+            operand), ``"whole"`` (the same tensor at every step), ``"state"`` (what the step before the first hands on).
     """
 
     node: fx.Node
@@ -55,12 +57,14 @@ class Programs:
     Args:
         prelude: ``(invariants...) -> shared``.
         network: ``(array, invariants..., shared...) -> (sources..., flag)``.
-        tail: Map loop over ``steps`` steps; its results are ``ends``, stacked.
+        tail: Loop over ``steps`` steps, a Map where the body carries nothing but the array; its results are ``ends``,
+            stacked.
         invariants: The body's placeholders that hold the same tensor at every step, in the programs' order.
         shared: Nodes that the prelude computes.
         sources: Nodes that the network computes for the tail.
         inputs: Where the tail's operands come from.
         ends: The nodes whose values the tail returns.
+        literals: The tail's bindings to Python values, by place, with the values of all steps.
     """
 
     prelude: fx.GraphModule
@@ -71,6 +75,7 @@ class Programs:
     sources: tuple[fx.Node, ...]
     inputs: tuple[TailInput, ...]
     ends: tuple[fx.Node, ...]
+    literals: dict[int, tuple[Any, ...]]
 
 
 def programs(proof: CausalityProof, *, steps: int, restrided: bool) -> Programs:
@@ -81,14 +86,11 @@ def programs(proof: CausalityProof, *, steps: int, restrided: bool) -> Programs:
         steps: How many steps the tail runs at once.
         restrided: Whether selected elements are laid out as the ordinary run's selections are (needed where an
             operation of the tail rounds otherwise for other strides).
-
-    Raises:
-        ValueError: ``steps`` is not all of them, and the tail holds Python values of its own at each step.
     """
     structure = proof.structure
     body = structure.loop.body
     invariants = tuple(node for node, binding in structure.bindings.items() if isinstance(binding, Invariant))
-    tail, inputs = _tail(structure, steps, restrided)
+    tail, inputs, literals = _tail(structure, steps, restrided)
     read = [structure.accesses[one.node].source if one.kind == "access" else one.node for one in inputs]
     sources = tuple(dict.fromkeys(node for node in read if node in structure.touched))
     needed = _reached(sources, stop=set(structure.versions))
@@ -105,9 +107,10 @@ def programs(proof: CausalityProof, *, steps: int, restrided: bool) -> Programs:
         )
     )
     kills = {node for node in body.graph.nodes if node.name in set(proof.kills)}
-    prelude = _program(structure, [], invariants, (), _reached(shared, stop=set()), shared, kills)
-    network = _program(structure, [structure.array], invariants, shared, set(network_nodes), sources, kills)
-    return Programs(prelude, network, tail, invariants, shared, sources, inputs, structure.ends)
+    limits = proof.limits
+    prelude = _program(structure, [], invariants, (), _reached(shared, stop=set()), shared, kills, limits)
+    network = _program(structure, [structure.array], invariants, shared, set(network_nodes), sources, kills, limits)
+    return Programs(prelude, network, tail, invariants, shared, sources, inputs, structure.ends, literals)
 
 
 def _reached(ends: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
@@ -130,8 +133,9 @@ def _program(
     chosen: set[fx.Node],
     results: Sequence[fx.Node],
     kills: set[fx.Node],
+    limits: Mapping[str, float],
 ) -> fx.GraphModule:
-    """Copy ``chosen`` into a graph of its own, each operation once, with the flag as last result."""
+    """Copy ``chosen`` into a graph of its own, each operation once, with the flags as last result."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in (*first, *invariants, *shared):
@@ -142,6 +146,9 @@ def _program(
             values[version] = values[first[0]]
     known: dict[Any, fx.Node] = {}
     flags: list[fx.Node] = []
+    for node in first or invariants:
+        if node.name in limits:
+            flags.append(limit_flag(graph, values[node], limits[node.name]))
     for node in structure.loop.body.graph.nodes:
         if node in values or node not in chosen or node.op == "output":
             continue
@@ -151,6 +158,8 @@ def _program(
             continue
         values[node] = known[key] = graph.node_copy(node, values.__getitem__)
         stamp(values[node], spec_of(node), site_of(node))
+        if node.name in limits:
+            flags.append(limit_flag(graph, values[node], limits[node.name]))
         if node in kills:
             flag = _flag(graph, values[node], spec_of(node))
             if flag is not None:
@@ -170,12 +179,15 @@ def _flag(graph: fx.Graph, node: fx.Node, spec: Any) -> fx.Node | None:
     return stamp(total, TensorSpec((), spec.dtype, spec.device, ()))
 
 
-def _tail(structure: ArrayLoop, steps: int, restrided: bool) -> tuple[Loop, tuple[TailInput, ...]]:
-    """Build the Map loop over the per-step part of the body."""
+def _tail(
+    structure: ArrayLoop, steps: int, restrided: bool
+) -> tuple[Loop, tuple[TailInput, ...], dict[int, tuple[Any, ...]]]:
+    """Build the loop over the per-step part of the body."""
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
     bindings: list[Binding] = []
     inputs: list[TailInput] = []
+    literals: dict[int, tuple[Any, ...]] = {}
     inside = set(structure.tail)
     entering = dict.fromkeys(
         used
@@ -188,11 +200,16 @@ def _tail(structure: ArrayLoop, steps: int, restrided: bool) -> tuple[Loop, tupl
         binding = structure.bindings.get(node)
         spec = spec_of(node)
         dense = isinstance(spec, TensorSpec) and spec.stride == dense_stride(spec.shape)
-        if isinstance(binding, Literal):
-            if steps != structure.trip_count:
-                raise ValueError(f"the tail holds a Python value of its own at each step ({node}), so it has no window")
+        if node in structure.states:
             values[node] = stamp(graph.placeholder(node.name), spec, site_of(node))
-            bindings.append(binding)
+            output = structure.outputs[structure.states[node].output]
+            bindings.append(Carried(structure.ends.index(output), 1, (len(inputs),)))
+            inputs.append(TailInput(node, "state"))
+            continue
+        if isinstance(binding, Literal):
+            values[node] = stamp(graph.placeholder(node.name), spec, site_of(node))
+            literals[len(bindings)] = binding.values
+            bindings.append(Literal(binding.values[:steps]))
             continue
         per_step = node in structure.accesses or isinstance(binding, (Scanned, Table))
         if per_step and isinstance(spec, TensorSpec) and not dense:
@@ -215,4 +232,4 @@ def _tail(structure: ArrayLoop, steps: int, restrided: bool) -> tuple[Loop, tupl
         values[node] = stamp(graph.node_copy(node, values.__getitem__), spec_of(node), site_of(node))
     graph.output(tuple(values[node] for node in structure.ends))
     results = [Stacked(number) for number in range(len(structure.ends))]
-    return Loop(assemble(graph, structure.loop.body), steps, bindings, results), tuple(inputs)
+    return Loop(assemble(graph, structure.loop.body), steps, bindings, results), tuple(inputs), literals

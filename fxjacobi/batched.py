@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from fxjacobi.aliasing import storage_key
 from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.constants import Constants, constant, held
 from fxjacobi.errors import PassError
 from fxjacobi.loops import Kind, Loop
 
@@ -41,13 +43,22 @@ class BatchedMap(nn.Module):
         self.loop = loop
         self.batched = batched
         self.reason = reason
+        self._constants: Constants = {}
         self.last: Solution | None = None
 
     def forward(self, *operands: Any) -> tuple[Any, ...]:
         """Return the loop's results, and leave a :class:`Solution` in ``last``."""
-        results: tuple[Any, ...] = tuple(self.batched(*operands))
+        with held(self._constants):
+            results: tuple[Any, ...] = tuple(self._own(result) for result in self.batched(*operands))
         self.last = Solution(1, Certificate.INDEPENDENT)
         return results
+
+    def _own(self, result: Any) -> Any:
+        """Return ``result``, or a copy where it lies in a constant, which is there for the next call too."""
+        if not isinstance(result, torch.Tensor) or not self._constants:
+            return result
+        key = storage_key(result)
+        return result.clone() if any(storage_key(c) == key for c in self._constants.values()) else result
 
     def extra_repr(self) -> str:
         """Show the trip count."""
@@ -80,7 +91,7 @@ def _spread(value: torch.Tensor, steps: int, count: int, shape: Sequence[int]) -
 
 def numbers(values: Sequence[Any], shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """Return one Python number a step as a tensor of ``shape``, which broadcasts against ``like`` and has its dtype."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(shape)
+    return constant(tuple(values), dtype=like.dtype, device=like.device).reshape(shape)
 
 
 def select_each(value: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
@@ -88,19 +99,19 @@ def select_each(value: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.
     size = value.shape[dim]
     if isinstance(indices, range) and indices.step > 0:
         return value.movedim(dim, 0)[indices.start : indices.stop : indices.step]
-    places = torch.tensor([i % size for i in indices], device=value.device)
+    places = constant([i % size for i in indices], device=value.device)
     return value.index_select(dim, places).movedim(dim, 0)
 
 
 def select_own(values: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
     """Return ``values[t].select(dim, indices[t])`` for each ``t``."""
     size = values.shape[dim + 1]
-    places = torch.tensor([i % size for i in indices], device=values.device)
+    places = constant([i % size for i in indices], device=values.device)
     return values.movedim(dim + 1, 1)[torch.arange(values.shape[0], device=values.device), places]
 
 
 def slice_each(value: torch.Tensor, dim: int, starts: Sequence[int], length: int) -> torch.Tensor:
     """Return ``value.narrow(dim, starts[t], length)`` for each ``t``, of one ``value`` for all steps."""
-    places = torch.tensor(starts, device=value.device)[:, None] + torch.arange(length, device=value.device)
+    places = constant(tuple(starts), device=value.device)[:, None] + torch.arange(length, device=value.device)
     parts = value.movedim(dim, 0)[places]
     return parts.movedim(1, dim + 1)

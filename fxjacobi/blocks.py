@@ -6,7 +6,7 @@ same results. A bare loop is the sequential block.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 from fxjacobi.loops import Kind, Loop
 from fxjacobi.plan import BlockPlan, Candidate
@@ -19,10 +19,18 @@ if TYPE_CHECKING:
     from fxjacobi.certificate import Solution
     from fxjacobi.methods.method import Method
 
-__all__ = ["Block", "block_kind", "last_solution", "loop_of", "method_of", "plan_of_block", "plan_of_graph"]
+__all__ = [
+    "Block",
+    "WarmStarting",
+    "block_kind",
+    "last_solution",
+    "loop_of",
+    "method_of",
+    "plan_of_block",
+    "plan_of_graph",
+]
 
 
-@runtime_checkable
 class Block(Protocol):
     """A solved loop.
 
@@ -39,23 +47,45 @@ class Block(Protocol):
     last: Solution | None
 
 
+@runtime_checkable
+class WarmStarting(Protocol):
+    """A block that can start from its solution of the call before.
+
+    Attributes:
+        warm_start: Whether it does.
+    """
+
+    warm_start: bool
+
+    def forget(self) -> None:
+        """Start the next call without what the calls before left behind."""
+
+
+def _is_block(module: nn.Module) -> TypeGuard[Block]:
+    """Whether ``module`` has what a block has.
+
+    From Python 3.12 on ``isinstance`` with a protocol looks past ``__getattr__``, where a module keeps its submodules.
+    """
+    return all(hasattr(module, name) for name in ("loop", "method", "reason", "last"))
+
+
 def loop_of(module: nn.Module) -> Loop | None:
     """The loop that ``module`` is or solves, or ``None`` if it is no block."""
     if isinstance(module, Loop):
         return module
-    return module.loop if isinstance(module, Block) else None
+    return module.loop if _is_block(module) else None
 
 
 def method_of(module: nn.Module) -> str:
     """The method that a block is solved by."""
-    if not isinstance(module, Block):
+    if not _is_block(module):
         return "sequential"
     return module.method if isinstance(module.method, str) else module.method.name.lower()
 
 
 def last_solution(module: nn.Module) -> Solution | None:
     """What the last solve of a block did."""
-    return module.last if isinstance(module, Block) else None
+    return module.last if _is_block(module) else None
 
 
 def block_kind(module: nn.Module) -> str:
@@ -71,7 +101,7 @@ def plan_of_block(name: str, module: nn.Module, node: fx.Node, candidates: tuple
     assert loop is not None
     operations = [n for n in loop.body.graph.nodes if n.op in ("call_function", "call_module")]
     site = next((str(n.meta["site"]) for n in operations if n.meta.get("site")), "")
-    reason = module.reason if isinstance(module, Block) else getattr(module, "reason", "")
+    reason = module.reason if _is_block(module) else getattr(module, "reason", "")
     return BlockPlan(
         name=name,
         kind=Kind.WRITES if method_of(module).startswith("jacobi") and hasattr(module, "proof") else loop.kind,
@@ -83,6 +113,7 @@ def plan_of_block(name: str, module: nn.Module, node: fx.Node, candidates: tuple
         nodes=(node.name,),
         site=site,
         candidates=candidates,
+        memory_bytes=getattr(module, "memory_bytes", None),
     )
 
 

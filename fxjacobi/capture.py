@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from dataclasses import dataclass, replace
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +16,13 @@ import torch
 from torch import fx, nn
 
 from fxjacobi.aliasing import Region, storage_key
+from fxjacobi.captured import AttributeEffect, Capture, Recorded, StateInput, TensorEffect, ViewOfWritten
 from fxjacobi.errors import CaptureError, StateChangedError
 from fxjacobi.graph import TensorSpec, is_random, make_module, spec_of_value, stamp
 from fxjacobi.one_hot import one_hot_by_range
 from fxjacobi.outline import Outliner
-from fxjacobi.recorder import Recorder
+from fxjacobi.recorder import GuardedRecorder, Recorder
+from fxjacobi.settled_heap import settled_heap
 from fxjacobi.timing import started
 from fxjacobi.trees import Constant, Node, Skeleton, split
 from fxjacobi.watch import Watch
@@ -29,110 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = ["AttributeEffect", "Capture", "Recorded", "StateInput", "TensorEffect", "ViewOfWritten", "capture", "record"]
-
-
-@dataclass(frozen=True, slots=True)
-class StateInput:
-    """A tensor that the run read from ``container[key]`` and that runs replace: read anew at each call."""
-
-    container: Any
-    key: Any
-    name: str
-    before: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEffect:
-    """The run wrote to memory that was there before: ``target`` (or input ``position``) becomes output ``value``.
-
-    ``saved`` is what it held before.
-    """
-
-    target: torch.Tensor | None
-    position: int | None
-    value: int
-    saved: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AttributeEffect:
-    """The run rebound ``container[key]``, which held ``before`` (or was missing), to a tensor: output ``value``."""
-
-    container: Any
-    key: Any
-    value: int
-    before: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class ViewOfWritten:
-    """An output that is (a view of) memory which the run wrote to and which was there before.
-
-    It is taken after the write: ``steps`` (operation, arguments) are replayed on the target itself.
-    """
-
-    target: torch.Tensor | None
-    position: int | None
-    steps: tuple[tuple[Any, tuple[Any, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Capture:
-    """One functional ATen-level graph and everything that ties it to the Python program.
-
-    Attributes:
-        graph_module: Placeholders: tensor arguments, then ``states``. Output: a flat tuple of ``count`` values.
-        inputs: Skeleton of ``(args, kwargs)``.
-        n_inputs: Number of tensor arguments.
-        states: Tensors read from attributes that runs replace.
-        outputs: Skeleton of the result; its tensor leaf ``i`` is ``sources[i]``.
-        sources: For each tensor of the result: a position in the graph's output, or a view of written memory.
-        effects: What the run left behind besides its result, in order.
-        watch: The Python values the graph is valid for.
-        results: The recorded run's values for the graph's output, as far as they still stand for it.
-        ordinary_s: The run's wall time less the recorder's own, in seconds.
-        elapsed_s: The run's wall time, in seconds.
-        operations: Number of operations recorded.
-        gradients: Whether something that the run returned or left behind requires gradients.
-        draws: Whether the run drew random numbers.
-        undifferentiable: Why an emitted module would not have the run's gradients, if it would not.
-    """
-
-    graph_module: fx.GraphModule
-    inputs: Skeleton
-    n_inputs: int
-    states: tuple[StateInput, ...]
-    outputs: Skeleton
-    sources: tuple[int | ViewOfWritten, ...]
-    effects: tuple[TensorEffect | AttributeEffect, ...]
-    watch: Watch
-    results: tuple[torch.Tensor, ...]
-    ordinary_s: float
-    elapsed_s: float
-    operations: int
-    gradients: bool
-    draws: bool
-    undifferentiable: str | None
-
-    def forget(self) -> Capture:
-        """This capture without the recorded run's tensors, once they have been compared with."""
-        return replace(
-            self,
-            results=(),
-            states=tuple(replace(s, before=None) for s in self.states),
-            effects=tuple(
-                replace(e, saved=None) if isinstance(e, TensorEffect) else replace(e, before=None) for e in self.effects
-            ),
-        )
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What :func:`record` returns: the run's own result, and its capture or the reason why there is none."""
-
-    result: Any
-    capture: Capture | None
-    failure: CaptureError | None
 
 
 def capture(fn: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Capture:
@@ -159,7 +57,8 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     root, graph = nn.Module(), fx.Graph()
     arrays = _arrays(skeleton)
     gradients = torch.is_grad_enabled() and _requires_grad(tensors, watch)
-    recorder = Recorder(graph, _Attacher(root), watch.tensors, gradients, root)
+    kind = GuardedRecorder if "torch._dynamo" in sys.modules else Recorder
+    recorder = kind(graph, _Attacher(root), watch.tensors, gradients, root)
     placeholders = []
     for position, tensor in enumerate(tensors):
         with graph.inserting_before(recorder.memory.front):
@@ -177,7 +76,7 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     python_random, numpy_random = random.getstate(), np.random.get_state()
     saved_inputs = tuple(spec_of_value(t) for t in tensors)
     clock = started()
-    with _patched(recorder, outliner), one_hot_by_range(), recorder:
+    with settled_heap(), _patched(recorder, outliner), one_hot_by_range(), recorder:
         result = fn(*args, **kwargs)
     elapsed = clock()
     try:
@@ -387,7 +286,9 @@ class _Finish:
     def _tensor_effect(self, region: Region) -> TensorEffect:
         target, position = self._target(region)
         assert region.tensor is not None
-        value = self._value(region.views[region.base].node, region.tensor)
+        # Into a leaf nothing but numbers can be written (weight.data *= mask): no gradient flows through it.
+        result = region.tensor.detach() if region.tensor.is_leaf else region.tensor
+        value = self._value(region.views[region.base].node, result)
         return TensorEffect(target, position, value, region.saved)
 
     def _state(self) -> tuple[tuple[StateInput, ...], tuple[AttributeEffect, ...]]:

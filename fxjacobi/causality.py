@@ -20,22 +20,24 @@ values only, and the solver checks that at run time on the nodes named in ``Caus
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
 from fxjacobi.array_loop import ArrayLoop, array_loop
 from fxjacobi.array_paths import NotAnArrayLoop
 from fxjacobi.causal_rules.blame import blame
-from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, squash, unknown
+from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, squash_equal, unknown
+from fxjacobi.causal_rules.finite_masks import LIMIT
 from fxjacobi.causal_rules.interpreter import interpret
 from fxjacobi.causal_rules.registry import Context, tensors_in
 from fxjacobi.graph import TensorSpec, site_of, spec_of
-from fxjacobi.loops import Invariant, Literal, Loop, Scanned, Table
+from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import fx
 
@@ -69,6 +71,9 @@ class CausalityProof:
         ranks: For each node of the network, by name, the largest equation that each element depends on.
         step_ranks: For each equation, the largest equation that its value depends on.
         kills: Nodes at which an absorbing constant (``0 * x``) removed a dependence: their outputs must not be NaN.
+        limits: What finite masks outweigh (:mod:`fxjacobi.causal_rules.finite_masks`), by node: the largest magnitude of
+            a placeholder's elements (the array's: before the loop and at every sweep), the largest Euclidean norm of
+            a normalisation's rows.
         reads: Names of the constants (masks, zero weights) that the proof rests on; it holds while they are unchanged.
         unknown_ops: Operations without a rule that the proof could do without.
     """
@@ -78,6 +83,7 @@ class CausalityProof:
     ranks: dict[str, torch.Tensor]
     step_ranks: tuple[int, ...]
     kills: tuple[str, ...]
+    limits: dict[str, float]
     reads: frozenset[str]
     unknown_ops: tuple[UnknownOp, ...]
 
@@ -91,9 +97,25 @@ class CausalityProof:
             longest.append(max(depths[-1], longest[-1] if longest else 0))
         return longest[-1]
 
+    def of(self, structure: ArrayLoop, names: Mapping[str, str]) -> CausalityProof:
+        """Return the proof as that of a loop with other nodes, for instance the same one for fewer samples.
+
+        Args:
+            structure: That loop, taken apart.
+            names: Its names of this loop's nodes; what nodes without one rest on is for the caller to check.
+        """
+        kills = tuple(names[name] for name in self.kills if name in names)
+        limits = {names[name]: limit for name, limit in self.limits.items() if name in names}
+        if self.structure.array.name in self.limits:
+            limits[structure.array.name] = self.limits[self.structure.array.name]
+        return replace(
+            self, structure=structure, position_ranks=structure.ranks(), ranks={}, kills=kills, limits=limits
+        )
+
     def __str__(self) -> str:
         rests = f", resting on {', '.join(sorted(self.reads))}" if self.reads else ""
-        return f"each of the {len(self.step_ranks)} values written depends on values written before it only{rests}"
+        limited = f", while what its masks outweigh keeps to its limits ({len(self.limits)})" if self.limits else ""
+        return f"each of the {len(self.step_ranks)} values written depends on values written before it only{rests}{limited}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +146,7 @@ class Refusal:
         return self.reason
 
 
-def prove(loop: Loop, operands: Sequence[Value] | None = None) -> CausalityProof | Refusal:
+def prove(loop: Loop, operands: Sequence[Value] | None = None, *, thorough: bool = True) -> CausalityProof | Refusal:
     """Prove that each value that ``loop`` writes depends on earlier writes only, or say what breaks it.
 
     Args:
@@ -132,15 +154,29 @@ def prove(loop: Loop, operands: Sequence[Value] | None = None) -> CausalityProof
             ``x' = write(x, f(net(x)[:, t], noise_t), (None, t))``.
         operands: Abstract values of the loop's operands, known where they are constants
             (:func:`fxjacobi.causal_rules.interpreter.operand_value`); ``None``: nothing is known of them.
+        thorough: Whether to go to the end: to let finite masks rest on how large normalisations are found to be at run
+            time, and to name the operation to blame, which takes longer than finding that there is one. A first try
+            without the values of parameters need not.
     """
     try:
-        structure = array_loop(loop)
-        return _Analysis(structure, operands).run()
+        structure = _structure(loop)
+        return _Analysis(structure, operands, thorough).run()
     except NotAnArrayLoop as reason:
         node = reason.node
         if node is None:
             return Refusal(str(reason))
         return Refusal(str(reason), node=node.name, op=str(node.target), site=str(site_of(node) or "") or None)
+
+
+_structures: WeakKeyDictionary[Loop, ArrayLoop] = WeakKeyDictionary()
+"""Loops taken apart: the same one is analysed again with more constants known."""
+
+
+def _structure(loop: Loop) -> ArrayLoop:
+    found = _structures.get(loop)
+    if found is None:
+        found = _structures[loop] = array_loop(loop)
+    return found
 
 
 @dataclass
@@ -149,15 +185,32 @@ class _Analysis:
 
     structure: ArrayLoop
     operands: Sequence[Value] | None
+    thorough: bool = True
     ranks: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def run(self) -> CausalityProof | Refusal:
+        context = self._context(finite_masks=False)
+        outcome = self._outcome(context)
+        if isinstance(outcome, Refusal) and context.attends:
+            # Bounds cost a pass over the weights, and limits to keep to: only where masks of -inf do not suffice.
+            self.ranks = {}
+            outcome = self._outcome(self._context(finite_masks=True))
+        return outcome
+
+    def _context(self, *, finite_masks: bool) -> Context:
+        structure = self.structure
+        placeholders = [*structure.versions, *(n for n, b in structure.bindings.items() if isinstance(b, Invariant))]
+        limits = dict.fromkeys(placeholders, LIMIT)
+        return Context(
+            structure.equations - 1, finite_masks=finite_masks, may_be_lenient=self.thorough, assumable=limits
+        )
+
+    def _outcome(self, context: Context) -> CausalityProof | Refusal:
         structure = self.structure
         position_ranks = structure.ranks()
         count = len(structure.writes)
         # Reads of each version are held to the equations before it, in a run of their own.
         read = {structure.versions[node] for node in structure.versions if self._is_read(node)}
-        context = Context(structure.equations - 1)
         step_ranks = torch.full((structure.equations,), NOTHING, dtype=torch.int64)
         for version in sorted(read):
             refusal = self._run_version(context, version, position_ranks, step_ranks)
@@ -168,11 +221,17 @@ class _Analysis:
             structure=structure,
             position_ranks=position_ranks,
             ranks=self.ranks,
-            step_ranks=tuple(int(rank) for rank in step_ranks),
+            step_ranks=tuple(step_ranks.tolist()),
             kills=tuple(node.name for node in structure.loop.body.graph.nodes if node in context.kills),
+            limits=self._limits(context),
             reads=frozenset(context.reads),
             unknown_ops=_named(context),
         )
+
+    def _limits(self, context: Context) -> dict[str, float]:
+        """Name what is limited; the array's versions are one array to the solver."""
+        array = self.structure.array
+        return {(array if n in self.structure.versions else n).name: limit for n, limit in context.limits.items()}
 
     def _is_read(self, version: fx.Node) -> bool:
         """Whether the network or the tail reads this version (and not only the next write)."""
@@ -190,7 +249,7 @@ class _Analysis:
         values: dict[fx.Node, Value] = {}
         blank = torch.tensor(NOTHING, dtype=torch.int32).expand(position_ranks.shape)
         for node, number in structure.versions.items():
-            values[node] = Abstract(_constant_dims(position_ranks) if number == version else blank)
+            values[node] = Abstract(squash_equal(position_ranks) if number == version else blank)
         for node, binding in structure.bindings.items():
             if isinstance(binding, Invariant):
                 spec = spec_of(node)
@@ -231,6 +290,9 @@ class _Analysis:
         for used in structure.uses(end):
             if used in structure.accesses:
                 bound = torch.maximum(bound, self._accessed(env, used, clocks).flatten(1).amax(1).to(torch.int64))
+            elif used in structure.states:
+                before = torch.arange(structure.trip_count) * len(structure.writes) - 1
+                bound = torch.maximum(bound, before)
             elif used in env:
                 highest = max((tensor.highest for tensor in tensors_in(env[used])), default=NOTHING)
                 bound = torch.clamp(bound, min=highest)
@@ -271,6 +333,9 @@ class _Analysis:
                     values[node] = literals[step]
                 case Scanned():
                     values[node] = _blank(node)
+                case Carried() if node in structure.states:
+                    # Each step's reads are held to what is written before it; so is what it hands to the next.
+                    values[node] = _blank(node, step * len(structure.writes) - 1)
                 case Table(operands):
                     values[node] = self.operands[operands[step]] if self.operands is not None else _blank(node)
         # Absorbing constants inside the tail are not watched at run time, so they may not remove anything.
@@ -310,11 +375,17 @@ class _Analysis:
             what = f"element {list(element)} of the array"
         elif any(end in guard.args for guard in structure.guards):
             what = f"the branch on {end}"
-        culprit = blame(context, structure, env, end, step, clock, rank)
+        stepped = structure.stepped(end)
+        if not self.thorough or (context.attends and not context.finite_masks):
+            return Refusal(f"{what}, written at step {step}, depends on step {rank // count}", element, step, rank)
+        culprit = blame(context, structure, env, end, step, clock, rank) if stepped is None else stepped[0]
         site = str(site_of(culprit) or "")
         unknown_ops = _named(context)
         names = "; operations without a rule: " + ", ".join(one.op for one in unknown_ops) if unknown_ops else ""
+        names += "".join(f"; {n.target} ({n.name}): {note}" for n, note in list(context.notes.items())[:1])
         where = f" at {site}" if site else ""
+        if stepped is not None:
+            where += f", which reads {stepped[1]}, another value at each step, so that no network serves all steps"
         when = "itself" if rank == clock else f"step {rank // count}"
         return Refusal(
             reason=f"{what}, written at step {step}, depends on {when} through {culprit.target} ({culprit.name}){where}{names}",
@@ -328,18 +399,9 @@ class _Analysis:
         )
 
 
-def _blank(node: fx.Node) -> Value:
+def _blank(node: fx.Node, rank: int = NOTHING) -> Value:
     spec = spec_of(node)
-    return unknown(spec.shape) if isinstance(spec, TensorSpec) else None
-
-
-def _constant_dims(rank: torch.Tensor) -> torch.Tensor:
-    """Give the dimensions along which ranks are all equal (the batch) stride 0."""
-    small = rank
-    for dim in range(rank.dim()):
-        if small.shape[dim] > 1 and bool((small == small.narrow(dim, 0, 1)).all()):
-            small = small.narrow(dim, 0, 1)
-    return squash(small).expand(rank.shape)
+    return unknown(spec.shape, rank) if isinstance(spec, TensorSpec) else None
 
 
 def _named(context: Context) -> tuple[UnknownOp, ...]:

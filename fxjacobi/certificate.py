@@ -35,6 +35,8 @@ class Solution:
             measured; ``0.0`` where every equation holds bit for bit.
         prefixes: After each sweep, how many leading steps were known to be final.
         completed: How many steps were run one by one at the end, in the ordinary order.
+        window: How many steps were solved together at most, where memory did not allow all; ``None`` where it did.
+        active: For each sweep, how many samples of the batch it ran; empty where none were left out.
     """
 
     sweeps: int
@@ -42,3 +44,5 @@ class Solution:
     residual: float | None = None
     prefixes: tuple[int, ...] = ()
     completed: int = 0
+    window: int | None = None
+    active: tuple[int, ...] = ()

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxjacobi.certificate import Certificate
+from fxjacobi.device.fused import FUSING_S
 from fxjacobi.device.step_graphs import step_graphs
 from fxjacobi.loops import Carried, Kind, Loop
 from fxjacobi.methods.affine import Affine
@@ -77,6 +78,9 @@ _CALLS = 10
 _LEAST_S = 0.25
 """... and seconds that it may take in any case: tracing a body once takes some milliseconds, however short the loop."""
 
+_WARM_S = 0.5
+"""Seconds that a method's first solve may take for tracing and compiling."""
+
 _SILENT_S = 2.0
 """Seconds of measuring after which a terminal shows a bar."""
 
@@ -131,7 +135,11 @@ def choose_methods(
             return super().call_module(target, args, kwargs)
 
     with torch.no_grad(), contextlib.suppress(_AllChosenError), measuring as tick:
-        _Measure(module).run(*operands)
+        interpreter = _Measure(module)
+        interpreter.extra_traceback = (
+            False  # to report the exception that ends it, it would import all of torch.compile
+        )
+        interpreter.run(*operands)
 
     return _with_methods(module, chosen, options), chosen
 
@@ -151,6 +159,7 @@ def _with_methods(module: fx.GraphModule, chosen: dict[int, Chosen], options: Op
             memory_limit=options.memory_limit,
         )  # fmt: skip
         solved.reason = choice.reason
+        solved.fuse = options.budget_s >= FUSING_S
         return solved
 
     return replace_blocks(module, replace).module
@@ -184,7 +193,11 @@ def _choose(loop: Loop, operands: Sequence[Any], options: Options, seconds: floa
 def _sequential_s(loop: Loop, operands: Sequence[Any], seconds: float) -> float:
     """The time of all steps in order, as they will run where nothing else is faster."""
     if step_graphs(loop) is not None or scripted_steps(loop) is not None:
+        clock = started()
         run_in_order(loop, operands)  # its first call is slower
+        first = clock()
+        if first > seconds:
+            return first
         clock = started()
         run_in_order(loop, operands)
         return clock()
@@ -220,7 +233,7 @@ def _fastest(
             continue
         # The likeliest is let finish, so that something is known whatever its first call must trace and compile.
         trial = replace(contract, trial_until=deadline if rows else math.inf)
-        row, time_s = _time(loop, operands, method, trial, options, best[1], deadline)
+        row, time_s = _time(loop, operands, method, trial, options, best[1], deadline, 1 if rows else 2)
         rows.append(row)
         tick()
         if time_s is not None and time_s < best[1]:
@@ -236,8 +249,12 @@ def _time(
     options: Options,
     best: float,
     deadline: float,
+    least: int = 1,
 ) -> tuple[Candidate, float | None]:
-    """Time one method: a first solve, which also warms up, and up to three more while it is in the race."""
+    """Time one method: a first solve, which also warms up, and up to three more while it is in the race.
+
+    After ``deadline`` no further solve starts, once there were ``least``.
+    """
     # Cold, also where calls will start warm: the same operands again would start from their own solution.
     solved = SolvedLoop(loop, method, contract, guess=options.guess, memory_limit=options.memory_limit)
     times: list[float] = []
@@ -248,7 +265,9 @@ def _time(
         except TrialError as end:
             return Candidate(method.name, note=str(end)), None
         times.append(clock())
-        if min(times) > 2 * best or time.perf_counter() > deadline:
+        # A first solve traces and compiles: it shows that a method is slow only where it is slower than that.
+        slow = min(times) > 2 * best + (_WARM_S if len(times) == 1 else 0.0)
+        if slow or (len(times) >= least and time.perf_counter() > deadline):
             break
     last = solved.last
     assert last is not None

@@ -9,12 +9,13 @@ import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fxjacobi.blocks import loop_of, method_of, plan_of_graph
+from fxjacobi.blocks import WarmStarting, loop_of, method_of, plan_of_graph
 from fxjacobi.capture import Capture, TensorEffect, record
 from fxjacobi.choose import Chosen, choose_methods
 from fxjacobi.device.limits import device_of_graph, spare_bytes
 from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed, PlanError, StateChangedError
 from fxjacobi.first_result import demote, difference, put_in_order
+from fxjacobi.growing import growing_sequence
 from fxjacobi.loops import Loop
 from fxjacobi.ops import GUARDS
 from fxjacobi.passes import pipeline
@@ -141,6 +142,7 @@ class _Compilation:
             if each.name == "roll_loops":
                 graph_hash = fingerprint(module)
                 decision = self.options.plan.decision(graph_hash) if self.options.plan is not None else None
+        _set_warm_start(module, self.options.warm_start)
         self.candidates = {key: choice.candidates for key, choice in measured.items()}
         blocks, edges = plan_of_graph(module, self.candidates)
         gains = tuple(choice.would_gain for choice in measured.values() if choice.would_gain)
@@ -196,7 +198,8 @@ class _Compilation:
 
     def _straight(self, module: fx.GraphModule, stages: dict[str, fx.GraphModule]) -> Specialisation:
         blocks, edges = plan_of_graph(module)
-        plan = Plan(blocks, edges, False, "no loop was found, so the model runs as it is", self._contract())
+        reason = growing_sequence(module) or "no loop was found, so the model runs as it is"
+        plan = Plan(blocks, edges, False, reason, self._contract())
         return Specialisation(self.recorded.fn, self.capture, None, plan, stages)
 
     # -- the check: the emitted module against the recorded run ----------------------------------------------------
@@ -269,6 +272,12 @@ def _within_device(options: Options, module: fx.GraphModule) -> Options:
 
 def _loops(module: fx.GraphModule) -> list[torch.nn.Module]:
     return [m for m in module.children() if loop_of(m) is not None]
+
+
+def _set_warm_start(module: fx.GraphModule, warm_start: bool) -> None:
+    for block in module.children():
+        if isinstance(block, WarmStarting):
+            block.warm_start = warm_start
 
 
 def _guarded(module: fx.GraphModule) -> bool:

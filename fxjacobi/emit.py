@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from fxjacobi.graph import Site, Spec, TensorSpec, make_module, spec_of, spec_of_value, stamp
+from fxjacobi.assemble import assemble
+from fxjacobi.graph import Site, Spec, TensorSpec, spec_of, spec_of_value, stamp
+from fxjacobi.layouts import contiguous_strides as dense_stride
+from fxjacobi.layouts import is_contiguous as is_dense
+from fxjacobi.layouts import lie_alike
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "call",
@@ -19,6 +23,7 @@ __all__ = [
     "infer",
     "is_dense",
     "is_view",
+    "memory_of",
     "rebuilt",
     "same_layout",
     "size_in_bytes",
@@ -49,24 +54,7 @@ def size_in_bytes(spec: Spec) -> int:
 
 def same_layout(a: TensorSpec, b: TensorSpec) -> bool:
     """Whether two tensors are alike to a kernel: shape, dtype, device, and strides where a dimension has more than one."""
-    return ((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)) and all(
-        size <= 1 or s == t for size, s, t in zip(a.shape, a.stride, b.stride, strict=True)
-    )
-
-
-def dense_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides of a contiguous tensor of ``shape``."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
-def is_dense(spec: TensorSpec) -> bool:
-    """Whether ``spec`` is laid out as a contiguous tensor, where a dimension has more than one element."""
-    dense = dense_stride(spec.shape)
-    return all(size <= 1 or a == b for size, a, b in zip(spec.shape, spec.stride, dense, strict=True))
+    return (a.dtype, a.device) == (b.dtype, b.device) and lie_alike(a, b)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -75,6 +63,13 @@ def is_view(node: fx.Node) -> bool:
         node.target is aten._unsafe_view.default
         or (isinstance(node.target, torch._ops.OpOverload) and bool(node.target.is_view))
     )
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """Return the node whose memory ``node``'s value lies in, or may lie in: ``node`` itself unless it is a view."""
+    while is_view(node) or node.target in (aten.reshape.default, aten.contiguous.default):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _example(spec: Spec) -> Any:
@@ -89,15 +84,15 @@ def _on(spec: Spec, device: torch.device) -> Spec:
     return None if spec is None else tuple(_on(item, device) for item in spec)
 
 
-def infer(target: Callable[..., Any], args: tuple[Any, ...]) -> Spec:
-    """Return the spec of ``target(*args)``, evaluated on the meta device; it is on the device of ``args``' tensors."""
+def infer(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Spec:
+    """Return the spec of ``target(*args, **kwargs)`` from a run on the meta device; its device is that of the tensors."""
     nodes: list[fx.Node] = []
 
     def example(node: fx.Node) -> Any:
         nodes.append(node)
         return _example(spec_of(node))
 
-    value = target(*fx.map_arg(args, example))
+    value = target(*fx.map_arg(args, example), **fx.map_arg(kwargs or {}, example))
     device = next((t.device for node in nodes for t in tensors_of(spec_of(node))), torch.device("cpu"))
     return _on(spec_of_value(value), device)
 
@@ -109,16 +104,4 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, site: Site | N
 
 def rebuilt(module: fx.GraphModule, graph: fx.Graph, added: dict[str, nn.Module]) -> fx.GraphModule:
     """Return ``graph`` as a module that holds what it names: attributes of ``module`` (shared) and ``added`` ones."""
-    root: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            target = str(node.target)
-            root[target] = added[target] if target in added else _attribute(module, target)
-    result = make_module(root, graph)
-    result.meta.update(module.meta)
-    return result
-
-
-def _attribute(module: nn.Module, target: str) -> Any:
-    owner, _, name = target.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
+    return assemble(graph, module, added)

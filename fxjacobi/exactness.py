@@ -10,17 +10,17 @@ In tolerance mode the fastest way is taken whatever its rounding; a way that is 
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from fxjacobi import ops
-from fxjacobi.batched import select_each
-from fxjacobi.emit import elements, rebuilt, same_layout, size_in_bytes
+from fxjacobi.batched import BatchedMap, select_each
+from fxjacobi.device.rehearsal import rehearse
+from fxjacobi.emit import elements, memory_of, rebuilt, size_in_bytes
 from fxjacobi.equations import body_outputs
 from fxjacobi.graph import Spec, TensorSpec, spec_of, spec_of_value, stamp
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
@@ -39,11 +39,11 @@ from fxjacobi.measuring import (
 )
 from fxjacobi.operation import Role
 from fxjacobi.samples import sample_operands
+from fxjacobi.timing import started
 from fxjacobi.ways import ways_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
     from fxjacobi.loops import Binding
     from fxjacobi.measuring import Candidates
@@ -148,26 +148,31 @@ def _scanning(binding: Scanned, operand: torch.Tensor, steps: int) -> fx.GraphMo
 
 
 def _results(loop: Loop, outputs: Sequence[Value], batcher: Batcher, target: Target) -> list[Any]:
-    """Emit the loop's results; single steps keep the layout that they have in the loop."""
+    """Emit the loop's results, each in memory of its own; single steps keep the layout that they have in the loop."""
     graph, aten = target.graph, torch.ops.aten
     nodes = body_outputs(loop.body)
     results = []
+    taken = {node for node in graph.nodes if node.op == "placeholder"}  # memory that is somebody's already
     for result in loop.results:
         value = outputs[result.output]
         emitted = batcher.emit_at_all_steps(value, graph)
         whole = batcher.at_all_steps(value, 0)
         match result:
             case Stacked():
-                if not whole.is_contiguous():
-                    emitted = graph.call_function(aten.contiguous.default, (emitted,))
+                if not whole.is_contiguous() or memory_of(emitted) in taken:
+                    form: dict[str, Any] = {"memory_format": torch.contiguous_format}
+                    emitted = graph.call_function(aten.clone.default, (emitted,), form)
                     stamp(emitted, spec_of_value(whole.contiguous()))
+                taken.add(memory_of(emitted))
             case Step(_, step):
                 emitted = graph.call_function(aten.select.int, (emitted, 0, step))
                 found, wanted = spec_of_value(whole[step]), spec_of(nodes[result.output])
-                stamp(emitted, found)
                 assert isinstance(found, TensorSpec)
-                if isinstance(wanted, TensorSpec) and not same_layout(found, wanted):
-                    emitted = stamp(graph.call_function(ops.restride, (emitted, wanted.stride)), wanted)
+                stamp(emitted, found)
+                # A copy: products round by where a row starts, and the caller may write to one result and not to all.
+                stride = wanted.stride if isinstance(wanted, TensorSpec) else found.stride
+                kept = TensorSpec(found.shape, found.dtype, found.device, stride)
+                emitted = stamp(graph.call_function(ops.restride, (emitted, stride)), kept)
         results.append(emitted)
     return results
 
@@ -195,7 +200,12 @@ def _sampling(loop: Loop, operands: list[torch.Tensor]) -> tuple[list[int], int]
 
 
 def choose_ways(
-    loop: Loop, operands: Sequence[Spec | torch.Tensor], *, exact: bool = True, candidates: Candidates = ways_of
+    loop: Loop,
+    operands: Sequence[Spec | torch.Tensor],
+    *,
+    exact: bool = True,
+    candidates: Candidates = ways_of,
+    phases: Sequence[int] = (),
 ) -> Batching:
     """Measure the ways of every operation of a map and return the batched graph with the fastest lawful ones.
 
@@ -204,6 +214,8 @@ def choose_ways(
         operands: For each operand its spec, or the tensor itself where it is known (a parameter).
         exact: Whether the bits must be those of the single steps.
         candidates: The ways to try for an operation; the default knows :class:`fxjacobi.ways.Way`.
+        phases: How far past an aligned address each operand starts, which the bits of a product depend on
+            (:mod:`fxjacobi.placement`); aligned unless given.
     """
     steps = loop.trip_count
     memory = steps * sum(size_in_bytes(spec_of(n)) for n in loop.body.graph.nodes if n.op != "output")
@@ -212,14 +224,23 @@ def choose_ways(
     target, choices = Target(), list[Choice]()
     with torch.no_grad():
         try:
-            sampled, replicas = _sampling(loop, sample_operands(loop, operands, 0))
+            first = sample_operands(loop, operands, 0, phases)
+            _rehearsed(loop, [first])
+            sampled, replicas = _sampling(loop, first)
             batcher = Batcher(steps, replicas, sampled, choices, exact=exact, candidates=candidates)
-            data = [sample_operands(loop, operands, seed) for seed in range(replicas)]
+            data = [sample_operands(loop, operands, seed, phases) for seed in range(replicas)]
+            _rehearsed(loop, data[1:])
             outputs = Frame(batcher, loop.body, _bind(loop, data, target), target).run()
             module = target.module(_results(loop, outputs, batcher, target))
         except Unmeasurable as obstacle:
             return Batching(None, tuple(choices), math.inf, math.inf, str(obstacle))
         return _judged(loop, module, data, batcher)
+
+
+def _rehearsed(loop: Loop, data: Sequence[Sequence[torch.Tensor]]) -> None:
+    reason = rehearse(loop, data)
+    if reason is not None:
+        raise Unmeasurable(reason)
 
 
 def _judged(loop: Loop, module: fx.GraphModule, data: list[list[torch.Tensor]], batcher: Batcher) -> Batching:
@@ -229,9 +250,9 @@ def _judged(loop: Loop, module: fx.GraphModule, data: list[list[torch.Tensor]], 
     plain = Loop(_without_guards(loop.body), loop.trip_count, loop.bindings, loop.results)
     sequential_s = math.inf
     for operands in data[: 1 if loop.trip_count > _SAMPLED_STEPS else None]:
-        start = time.perf_counter()
+        clock = started()
         wanted = plain(*operands)
-        sequential_s = min(sequential_s, time.perf_counter() - start)
+        sequential_s = min(sequential_s, clock())
         if not same_values(tuple(unguarded(*operands)), wanted, exact=batcher.exact):
             return Batching(None, choices, math.inf, math.inf, "the operations together differ from the steps")
     batched_s = seconds_of(lambda: unguarded(*data[0]))
@@ -246,10 +267,24 @@ def _judged(loop: Loop, module: fx.GraphModule, data: list[list[torch.Tensor]], 
 
 
 def _without_guards(module: fx.GraphModule) -> fx.GraphModule:
-    """Random data does not take the recorded branches; values do not depend on guards."""
+    """Random data does not take the recorded branches, here or in inner loops; values do not depend on guards."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
+    inner: dict[str, torch.nn.Module] = {}
     for node in module.graph.nodes:
         if node.target not in ops.GUARDS:
             env[node] = graph.node_copy(node, env.__getitem__)
-    return rebuilt(module, graph, {})
+        if node.op == "call_module":
+            inner[str(node.target)] = _unguarded(module.get_submodule(str(node.target)))
+    return rebuilt(module, graph, inner)
+
+
+def _unguarded(module: torch.nn.Module) -> torch.nn.Module:
+    match module:
+        case Loop():
+            return Loop(_without_guards(module.body), module.trip_count, module.bindings, module.results, module.reason)
+        case BatchedMap():
+            return BatchedMap(module.loop, _without_guards(module.batched), module.reason)
+        case fx.GraphModule():
+            return _without_guards(module)
+    return module

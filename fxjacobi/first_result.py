@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxjacobi.blocks import last_solution, loop_of, method_of
+from fxjacobi.device.step_graphs import StepGraphs
 from fxjacobi.scripted_loop import ScriptedLoop, run_in_order, scripted_steps
 from fxjacobi.timing import started
 from fxjacobi.verify import equal, first_difference
@@ -118,6 +119,6 @@ def put_in_order(module: fx.GraphModule, run: RecordedRun) -> bool:
 
 def _swept_long(block: nn.Module) -> bool:
     loop, last = loop_of(block), last_solution(block)
-    if loop is None or last is None or isinstance(block, ScriptedLoop) or scripted_steps(loop) is None:
+    if loop is None or last is None or isinstance(block, (ScriptedLoop, StepGraphs)) or scripted_steps(loop) is None:
         return False
     return last.sweeps > _MANY_SWEEPS * loop.trip_count

@@ -13,6 +13,7 @@ from fxjacobi.device.form import Forms
 from fxjacobi.equal_steps import equal_steps
 from fxjacobi.errors import PassError
 from fxjacobi.loops import Carried, Kind, Loop, Stacked, Step
+from fxjacobi.placement import placed_copy
 from fxjacobi.scripted_loop import one_step
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ class FixedPoint(nn.Module):
     ) -> tuple[Any, ...]:
         """Return the results, knowing that the state before ``step`` is the state before ``start``."""
         period, sweeps = step - start, step
+        shown = {t for t in self._wanted if t < step}  # steps whose tensors are results: no other result may be those
         for later in range(step, self.loop.trip_count) if self._keep_all else sorted(self._wanted):
             same = later if later < step else start + (later - start) % period
             if same not in outputs:
@@ -203,6 +205,10 @@ class FixedPoint(nn.Module):
                     outputs[sweeps] = self._evaluate(operands, outputs, sweeps)
                     sweeps += 1
             outputs[later] = outputs[same]
+            if later in self._wanted and later != same:
+                if same in shown:
+                    outputs[later] = [placed_copy(v) if isinstance(v, torch.Tensor) else v for v in outputs[same]]
+                shown.add(same)
         self.last = Solution(sweeps, Certificate.REPEATED if period == 1 else Certificate.CYCLED)
         return self._collect(outputs)
 

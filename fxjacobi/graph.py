@@ -16,6 +16,7 @@ All of them are functional: no node writes to a value another node reads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -111,20 +112,25 @@ def is_random(node: fx.Node) -> bool:
     """Whether ``node`` draws from a random generator (so that its place in the order matters)."""
     if node.op != "call_function":
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded in node.target.tags and not _drops_nothing(node)
-    return node.target is draw
+    return _may_draw(node.target) and not (isinstance(node.target, torch._ops.OpOverload) and _drops_nothing(node))
+
+
+@cache
+def _may_draw(target: Any) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in target.tags
+    return target is draw
 
 
 def _drops_nothing(node: fx.Node) -> bool:
     """Whether ``node`` draws for its dropout only, and has none (fused attention is tagged as random all the same)."""
     assert isinstance(node.target, torch._ops.OpOverload)
     for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == "dropout_p":
+        if argument.name in ("dropout_p", "dropout"):  # the latter is cuDNN's RNNs'
             given = (
                 node.args[position] if position < len(node.args) and not argument.kwarg_only else argument.default_value
             )
-            return bool(node.kwargs.get("dropout_p", given) == 0)
+            return bool(node.kwargs.get(argument.name, given) == 0)
     return False
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fxjacobi.errors import PassError
 from fxjacobi.graph import Spec, TensorSpec
 
-__all__ = ["contiguous_strides", "dense", "is_contiguous", "selected"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["contiguous_strides", "dense", "in_one_order", "is_contiguous", "is_packed", "lie_alike", "selected"]
 
 
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a contiguous tensor of ``shape``."""
     strides: list[int] = []
     size = 1
@@ -26,6 +31,34 @@ def is_contiguous(spec: Spec) -> bool:
     return 0 in spec.shape or all(
         length == 1 or stride == want for length, stride, want in zip(spec.shape, spec.stride, wanted, strict=True)
     )
+
+
+def is_packed(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether strides leave no gap and repeat nothing: a new tensor may have them, in some order of dimensions."""
+    dims = sorted((step, size) for size, step in zip(shape, stride, strict=True) if size != 1)
+    packed = 1
+    for step, size in dims:
+        if step != packed:
+            return 0 in shape
+        packed *= size
+    return True
+
+
+def lie_alike(a: TensorSpec, b: TensorSpec) -> bool:
+    """Whether two specs of one shape lay their elements out alike (a dimension of one element may have any stride)."""
+    if a.shape != b.shape:
+        return False
+    return 0 in a.shape or all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride, b.stride, strict=True))
+
+
+def in_one_order(a: TensorSpec, b: TensorSpec) -> bool:
+    """Whether the dimensions of two specs of one shape lie in one order, whatever gaps there are between elements."""
+
+    def order(spec: TensorSpec) -> tuple[list[int], list[bool]]:
+        dims = [dim for dim, size in enumerate(spec.shape) if size != 1]
+        return sorted(dims, key=lambda dim: -spec.stride[dim]), [spec.stride[dim] == 0 for dim in dims]
+
+    return a.shape == b.shape and order(a) == order(b)
 
 
 def dense(like: TensorSpec, shape: tuple[int, ...], stride: tuple[int, ...] | None = None) -> TensorSpec:

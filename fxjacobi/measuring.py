@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,6 +18,8 @@ from fxjacobi.fixed_point import FixedPoint
 from fxjacobi.graph import Spec, TensorSpec, site_of, spec_of, spec_of_value, stamp
 from fxjacobi.loops import Loop
 from fxjacobi.operation import Operation, Role, Way
+from fxjacobi.placement import rounding_phase
+from fxjacobi.trial import MISFITS, Choice, Trial, Unmeasurable, same_values, seconds_of
 from fxjacobi.ways import ways_of
 
 if TYPE_CHECKING:
@@ -40,82 +41,7 @@ __all__ = [
     "stamp_all",
 ]
 
-_LONG_S = 0.2
-
 Candidates: TypeAlias = "Callable[[Operation], Iterator[tuple[Way, fx.GraphModule]]]"
-
-# What an operation raises that cannot run on the data or in the shape it is given; anything else is a defect.
-MISFITS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One way of one operation, measured: seconds of one batched call, and whether it may be used."""
-
-    way: Way
-    seconds: float
-    equal: bool
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The way taken for one node of the body, with all that were tried."""
-
-    node: str
-    operation: str
-    way: Way
-    trials: tuple[Trial, ...]
-
-
-class Unmeasurable(Exception):  # noqa: N818 - control flow: the map stays a loop, with this reason
-    """The body cannot be run on random data, or not within the memory allowed."""
-
-
-def _bits(value: torch.Tensor) -> torch.Tensor:
-    if value.is_complex():
-        value = torch.view_as_real(value.resolve_conj())
-    size = value.element_size()
-    return value.resolve_neg().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
-
-
-def same_values(found: Any, wanted: Any, *, exact: bool) -> bool:
-    """Whether ``found`` is ``wanted``: in every bit (any NaN is any other), or up to another order of rounding."""
-    if isinstance(wanted, (tuple, list)):
-        return len(found) == len(wanted) and all(
-            same_values(f, w, exact=exact) for f, w in zip(found, wanted, strict=True)
-        )
-    if not isinstance(wanted, torch.Tensor):
-        return bool(found == wanted)
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return False
-    inexact = wanted.is_floating_point() or wanted.is_complex()
-    if exact or not inexact:
-        if torch.equal(_bits(found), _bits(wanted)):
-            return True
-        if not inexact:
-            return False
-        a, b = (torch.view_as_real(v) if v.is_complex() else v for v in (found.resolve_conj(), wanted.resolve_conj()))
-        return bool(((_bits(a) == _bits(b)) | (a.isnan() & b.isnan())).all())
-    # Intermediate overflow may differ with the order; only finite elements tell a wrong way from a rounded one.
-    finite = found.isfinite() & wanted.isfinite()
-    a, b = found[finite], wanted[finite]
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    bound = math.sqrt(torch.finfo(wanted.dtype).eps) * max(scale, 1.0)
-    return bool(((a - b).abs() <= bound).all()) and 2 * int(finite.sum()) >= int(wanted.isfinite().sum())
-
-
-def seconds_of(run: Callable[[], Any]) -> float:
-    """Return the shortest wall time of three runs, or of fewer long ones: other work only makes runs longer."""
-    best, spent = math.inf, 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        elapsed = time.perf_counter() - start
-        best, spent = min(best, elapsed), spent + elapsed
-        if spent > _LONG_S:
-            break
-    return best
 
 
 @dataclass
@@ -409,7 +335,7 @@ class Batcher:
         names = {n: f"{operation.roles[n].name}{i}" for i, n in enumerate(operation.node.all_input_nodes)}
         args: Any = fx.map_arg((operation.node.args, operation.node.kwargs), lambda n: names[n])
         literals = tuple((names[n], v) for n, v in operation.literals.items())
-        layouts = tuple(spec_of_value(t) for t in tensors)
+        layouts = tuple((spec_of_value(t), rounding_phase(t) if isinstance(t, torch.Tensor) else 0) for t in tensors)
         single = tuple(spec_of(n) for n in operation.inputs)
         context = (operation.steps, self.exact, torch.get_num_threads())
         return repr((str(operation.node.target), args, literals, layouts, single, context))

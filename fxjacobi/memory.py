@@ -14,8 +14,12 @@ import torch
 
 from fxjacobi import ops
 from fxjacobi.aliasing import Geometry, Region, View, geometry_of, storage_key
+from fxjacobi.assemble import append_node
+from fxjacobi.emit import infer
 from fxjacobi.functional import basic_view_index, inverse_view
 from fxjacobi.graph import Site, Spec, TensorSpec, spec_of_value, stamp
+from fxjacobi.layouts import dense, is_contiguous, is_packed, lie_alike
+from fxjacobi.placement import alignment, phase_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +84,7 @@ class Memory:
 
     def emit(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], spec: Spec) -> fx.Node:
         """Append one operation."""
-        node = self.graph.create_node("call_function", op, args, kwargs)
+        node = append_node(self.graph, "call_function", op, args, kwargs)
         node.meta["spec"] = spec
         node.meta["site"] = self.site
         self.nodes.append(node)
@@ -171,24 +175,26 @@ class Memory:
         name, owner = known
         with self.graph.inserting_before(self.front):
             node = stamp(self.graph.get_attr(self._attach(owner, name)), spec_of_value(owner), self.site)
-        region = Region.of(owner, geometry_of(owner), node)
-        region.origin, region.tensor = node, owner
-        region.views[region.base].requires_grad = owner.requires_grad
-        self.regions[key] = region
         self.externals[key] = node
+        return self._add_outside(owner, node)
+
+    def _add_outside(self, tensor: torch.Tensor, node: fx.Node) -> Region:
+        """Register memory that was there before the run."""
+        node.meta["phase"] = phase_of(tensor)
+        region = self.regions[storage_key(tensor)] = Region.of(tensor, geometry_of(tensor), node)
+        region.origin, region.tensor = node, tensor
+        region.views[region.base].requires_grad = tensor.requires_grad
         return region
 
     def add_input(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """Register ``tensor`` as the run's input ``node``."""
-        key, geometry = storage_key(tensor), geometry_of(tensor)
         stamp(node, spec_of_value(tensor))
-        region = self.regions.get(key)
+        region = self.regions.get(storage_key(tensor))
         if region is None:
-            region = self.regions[key] = Region.of(tensor, geometry, node)
-            region.origin, region.tensor = node, tensor
-            region.views[geometry].requires_grad = tensor.requires_grad
+            self._add_outside(tensor, node)
         else:
-            region.views.setdefault(geometry, View(node, region.version))
+            node.meta["phase"] = phase_of(tensor)
+            region.views.setdefault(geometry_of(tensor), View(node, region.version))
 
     def add_fresh(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """Register ``tensor``, new memory, as the value of ``node``."""
@@ -212,18 +218,22 @@ class Memory:
         """A tensor made from Python values: kept as a copy, one for each value, so that equal ones are one node."""
         copy = tensor.detach().clone()
         key: tuple[Any, ...]
-        if copy.numel() <= 64 and copy.device.type == "cpu" and copy.dtype is not torch.bfloat16:
-            key = (copy.dtype, tuple(copy.shape), torch._C.TensorBase.numpy(copy).tobytes())
+        if copy.numel() <= 64 and copy.device.type in ("cpu", "cuda") and copy.dtype is not torch.bfloat16:
+            key = (copy.device, copy.dtype, tuple(copy.shape), torch._C.TensorBase.numpy(copy.cpu()).tobytes())
         else:
             key = (id(copy),)
         if key not in self._literals:
             with self.graph.inserting_before(self.front):
                 name = self._attach(copy, "literal")
                 self._literals[key] = stamp(self.graph.get_attr(name), spec_of_value(copy), self.site)
+                self._literals[key].meta["literal"] = True  # no one else holds it, so it never changes
         return self._literals[key]
 
-    def assign(self, target: torch.Tensor, value: fx.Node) -> None:
-        """``target`` now holds ``value``: carry that back to its region's base and make the other views stale."""
+    def assign(self, target: torch.Tensor, value: fx.Node, *, shared: bool = False) -> None:
+        """``target`` now holds ``value``: carry that back to its region's base and make the other views stale.
+
+        ``shared`` says that another tensor has ``value``'s memory, so that it must be copied.
+        """
         self.lookup(target)  # registers memory from before the run and views not seen yet
         region = self.regions[storage_key(target)]
         geometry = self.key(region, target)
@@ -234,37 +244,56 @@ class Memory:
             at = region.views[at].parent
         if chain[-1] != region.base:
             raise self._refuse("two inputs share memory that the model writes to", "clone one of them before the call")
-        new_base = self._put_back(region, chain, value)
+        new_base = self._put_back(region, chain, value, shared=shared)
         region.version += 1
         self.written.append(region.birth)
         base = region.views[region.base]
         base.node, base.version = new_base, region.version
 
-    def _put_back(self, region: Region, chain: list[Geometry], value: fx.Node) -> fx.Node:
+    def _put_back(self, region: Region, chain: list[Geometry], value: fx.Node, *, shared: bool) -> fx.Node:
         """Return the base's new value, given that of its view ``chain[0]`` (``chain`` leads from it to the base)."""
-        if len(chain) == 1:
-            return value
         outwards = list(reversed(chain))
         steps = [
             (region.views[after].op, region.views[after].args, tuple(before[1])) for before, after in pairwise(outwards)
         ]
-        base_node = self.regenerate(region, region.base)
+        base = self.regenerate(region, region.base)
         index = basic_view_index(steps, tuple(region.base[1]))
-        base_spec = base_node.meta["spec"]
-        if index == ():
-            return value
-        if index is not None:
-            return self.emit(ops.write, (base_node, value, index), {}, base_spec)
-        for here, parent in pairwise(chain):
-            view = region.views[here]
-            inverse = inverse_view(view.op, view.args, tuple(parent[1]), parent[0])
-            if inverse is None:
-                raise self._refuse(f"a write through {view.op}", "write to the tensor itself")
-            op, rest, takes_parent = inverse
-            spec = self._spec_of(parent, base_node)
-            lead = (self.regenerate(region, parent), value) if takes_parent else (value,)
-            value = self.emit(op, (*lead, *rest), {}, spec)
-        return value
+        if index:
+            return self.emit(ops.write, (base, value, index), {}, base.meta["spec"])
+        if index is None:
+            for here, parent in pairwise(chain):
+                view = region.views[here]
+                inverse = inverse_view(view.op, view.args, tuple(parent[1]), parent[0])
+                if inverse is None:
+                    raise self._refuse(f"a write through {view.op}", "write to the tensor itself")
+                op, rest, takes_parent = inverse
+                if takes_parent:
+                    whole = self.regenerate(region, parent)
+                    value = self.emit(op, (whole, value, *rest), {}, self._spec_of(parent, base))
+                    shared = False
+                else:
+                    value = self.emit(op, (value, *rest), {}, _spec_of_inverse(op, value, rest))
+        return self._whole(region, base, value, shared=shared)
+
+    def _whole(self, region: Region, base: fx.Node, value: fx.Node, *, shared: bool) -> fx.Node:
+        """``value`` as the new value of all of ``base``, lying in memory as the base does: kernels round by that."""
+        if region.plain is None:
+            dtype, shape, stride, offset = region.base[:4]
+            late = offset * dtype.itemsize if region.tensor is None else phase_of(region.tensor)
+            region.plain = late % alignment(base.meta["spec"].device) == 0 and is_packed(shape, stride)
+        spec: TensorSpec = base.meta["spec"]
+        if not region.plain:
+            return self.emit(ops.write, (base, value, ()), {}, spec)
+        if not lie_alike(value.meta["spec"], spec):
+            return self.emit(ops.restride, (value, spec.stride), {}, spec)
+        return self.emit(aten.clone.default, (value,), {}, spec) if shared else value
+
+
+def _spec_of_inverse(op: Any, value: fx.Node, rest: tuple[Any, ...]) -> Spec:
+    spec = value.meta["spec"]
+    if op is aten.reshape.default and is_contiguous(spec):
+        return dense(spec, tuple(rest[0]))
+    return infer(op, (value, *rest))
 
 
 def _from_python(tensor: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from fxjacobi.methods.guess import describe_guess
 from fxjacobi.plan import Plan
 from fxjacobi.report import Report
 from fxjacobi.saved_plan import Decision, SavedPlan, describe_method
+from fxjacobi.settled_heap import settled_heap
 from fxjacobi.signature import signature
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class SolvedModule(nn.Module):
             return self._original(*args, **kwargs)  # inside another tracer: let it see the original
         if len(self._specialisations) >= _MAX_SIGNATURES and key not in self._specialisations:
             return self._original(*args, **kwargs)  # arguments that are new objects at every call
-        with self._lock:
+        with self._lock, settled_heap():
             known = self._specialisations.setdefault(key, [])
             again = any(s.provisional for s in known)
             result, specialisation = specialise(self._original, args, kwargs, self._options, again=again)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TypeAlias
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fxjacobi.errors import GuardFailed
+from fxjacobi.placement import placed_copy, placed_empty
 
 __all__ = ["Index", "draw", "guard", "guard_steps", "restride", "write"]
 
@@ -20,23 +22,15 @@ def basic_index(index: Index) -> tuple[int | slice, ...]:
 
 
 def write(base: torch.Tensor, value: torch.Tensor, index: Index) -> torch.Tensor:
-    """Return a copy of ``base`` in which ``base[index]`` is ``value`` (shape of the indexed part, dtype of base)."""
-    result = _clone_in_place_of(base)
+    """Return a copy of ``base`` in which ``base[index]`` is ``value`` (shape of the indexed part, dtype of base).
+
+    The copy lies as ``base`` does (:mod:`fxjacobi.placement`), because some kernels round by that.
+    """
+    if index == () and not is_functorch_wrapped_tensor(base) and not is_functorch_wrapped_tensor(value):
+        return placed_empty(base).copy_(value)
+    result = placed_copy(base)
     result[basic_index(index)] = value
     return result
-
-
-_ALIGNMENT = 64  # bytes: what torch's CPU allocator gives every tensor
-
-
-def _clone_in_place_of(base: torch.Tensor) -> torch.Tensor:
-    """A copy that starts as far from an aligned address as ``base`` does: some kernels round by alignment."""
-    unit = max(1, _ALIGNMENT // base.element_size())
-    phase = base.storage_offset() % unit
-    if phase == 0 or not base.is_contiguous():
-        return base.clone()
-    memory = torch.empty(phase + base.numel(), dtype=base.dtype, device=base.device)
-    return memory[phase:].view(base.shape).copy_(base)
 
 
 def draw(

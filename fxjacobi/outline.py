@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils import _python_dispatch
 
 from fxjacobi.aliasing import Region, storage_key
+from fxjacobi.assemble import append_node
 from fxjacobi.graph import Spec, is_random, make_module, spec_of_value
 from fxjacobi.ops import GUARDS
 from fxjacobi.trees import Skeleton, split
@@ -185,7 +186,7 @@ class Outliner:
         if not entry.reused:
             self._named.append(entry)
         entry.reused += 1
-        call = recorder.memory.graph.create_node("call_module", entry.name, (*inputs, *entry.attributes))
+        call = append_node(recorder.memory.graph, "call_module", entry.name, (*inputs, *entry.attributes), {})
         self._record(call, entry)
         for position, tensor in enumerate(tensors):
             item = recorder.memory.emit(getitem, (call, position), {}, entry.specs[position])

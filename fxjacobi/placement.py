@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-__all__ = ["alignment", "phase_of", "placed_copy", "placed_empty", "rounding_phase"]
+__all__ = ["alignment", "phase_of", "placed_copy", "placed_empty", "rounding_phase", "rounding_unit"]
 
 _ROUNDING_BYTES = 16  # what the bits of a result on the CPU were seen to depend on; see the module's docstring
 
@@ -28,9 +28,14 @@ def phase_of(tensor: torch.Tensor) -> int:
     return _data_ptr(tensor) % alignment(tensor.device)
 
 
+def rounding_unit(device: torch.device) -> int:
+    """Bytes modulo which a kernel on ``device`` may round by its arguments' addresses."""
+    return _ROUNDING_BYTES if device.type == "cpu" else alignment(device)
+
+
 def rounding_phase(tensor: torch.Tensor) -> int:
     """The part of :func:`phase_of` that kernels may round by."""
-    return _data_ptr(tensor) % (_ROUNDING_BYTES if tensor.device.type == "cpu" else alignment(tensor.device))
+    return _data_ptr(tensor) % rounding_unit(tensor.device)
 
 
 def placed_empty(like: torch.Tensor, phase: int | None = None) -> torch.Tensor:

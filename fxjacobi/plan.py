@@ -23,6 +23,16 @@ def _short(site: str) -> str:
     return "/".join(Path(site).parts[-2:]) if site else ""
 
 
+def _memory(size: int | None) -> str:
+    """A number of bytes to three digits, in the unit that fits."""
+    if size is None:
+        return ""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A method that was considered for a block, with what measuring it gave.
@@ -41,6 +51,11 @@ class Candidate:
     lawful: bool = True
     note: str = ""
 
+    def __str__(self) -> str:
+        measured = f"{self.seconds * 1e3:.3f} ms" if self.seconds is not None else ""
+        sweeps = f"{self.sweeps} sweeps" if self.sweeps is not None and self.method != "sequential" else ""
+        return f"{self.method}: " + ", ".join(part for part in (measured, sweeps, self.note) if part)
+
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
@@ -57,7 +72,7 @@ class BlockPlan:
         nodes: Names of the rolled graph's nodes that it holds; each node is in exactly one block.
         site: The user's ``file:line`` of its first operation.
         candidates: The methods considered.
-        memory_bytes: Estimated peak memory of a solve beyond its operands, where it is known.
+        memory_bytes: Estimated peak memory of a solve beyond its operands (:mod:`fxjacobi.footprint`), where it is known.
     """
 
     name: str
@@ -101,8 +116,10 @@ class Plan:
 
     def __str__(self) -> str:
         table = Table(title=None, show_edge=False, pad_edge=False, box=None)
-        for column in ("block", "kind", "method", "equations", "ops", "where", "why"):
-            justify: Literal["left", "right"] = "right" if column in ("equations", "ops") else "left"
+        sized = any(block.memory_bytes is not None for block in self.blocks)
+        columns = ("block", "kind", "method", "equations", "ops", *(("memory",) if sized else ()), "where", "why")
+        for column in columns:
+            justify: Literal["left", "right"] = "right" if column in ("equations", "ops", "memory") else "left"
             table.add_column(column, justify=justify, overflow="fold", no_wrap=column == "where")
         for block in self.blocks:
             table.add_row(
@@ -111,6 +128,7 @@ class Plan:
                 block.method,
                 str(block.equations),
                 str(block.operations),
+                *((_memory(block.memory_bytes),) if sized else ()),
                 _short(block.site),
                 "; ".join(part for part in (block.reason, block.proof) if part),
             )
@@ -124,11 +142,17 @@ class Plan:
                 f"ordinary run {self.ordinary_s * 1e3:.3f} ms, solved {self.solved_s * 1e3:.3f} ms, "
                 f"ratio {self.ordinary_s / self.solved_s:.2f}"
             )
+        for line in self._measured():
+            console.print(line, markup=False)
         for refusal in self.refusals:
             console.print(f"refused: {refusal}")
         for line in self.would_gain:
             console.print(line)
         return buffer.getvalue().rstrip()
+
+    def _measured(self) -> list[str]:
+        """A line for each candidate that was considered for a block."""
+        return [f"{block.name}: {candidate}" for block in self.blocks for candidate in block.candidates]
 
     def to_networkx(self) -> nx.DiGraph:
         """The blocks as a directed graph, their :class:`BlockPlan` fields as node attributes."""
@@ -157,17 +181,17 @@ class Plan:
 
     def to_html(self, path: str | Path) -> None:
         """Write the plan as one self-contained page."""
-        head = ["block", "kind", "method", "equations", "ops", "where", "why"]
+        head = ["block", "kind", "method", "equations", "ops", "memory", "where", "why"]
         rows = [
             (
-                b.name, b.kind.value if b.kind else "straight", b.method, b.equations, b.operations, b.site,
-                "; ".join(part for part in (b.reason, b.proof) if part),
+                b.name, b.kind.value if b.kind else "straight", b.method, b.equations, b.operations,
+                _memory(b.memory_bytes), b.site, "; ".join(part for part in (b.reason, b.proof) if part),
             )
             for b in self.blocks
         ]  # fmt: skip
         cells = "\n".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
         titles = "".join(f"<th>{h}</th>" for h in head)
-        notes = "".join(f"<li>{html.escape(n)}</li>" for n in (*self.refusals, *self.would_gain))
+        notes = "".join(f"<li>{html.escape(n)}</li>" for n in (*self._measured(), *self.refusals, *self.would_gain))
         timing = ""
         if self.ordinary_s is not None and self.solved_s is not None:
             timing = f"<p>Ordinary {self.ordinary_s * 1e3:.3f} ms, solved {self.solved_s * 1e3:.3f} ms.</p>"

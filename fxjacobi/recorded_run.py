@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxjacobi.blocks import WarmStarting
 from fxjacobi.capture import AttributeEffect, Capture, TensorEffect
 from fxjacobi.placement import placed_copy
-from fxjacobi.solved_loop import SolvedLoop
 from fxjacobi.timing import started
 from fxjacobi.trees import join, split
 from fxjacobi.watch import MISSING
@@ -81,7 +81,7 @@ class RecordedRun:
         """Run an emitted module on the recorded run's inputs; return its values and the seconds it took."""
         operands = self.operands()
         for block in module.children():
-            if isinstance(block, SolvedLoop):
+            if isinstance(block, WarmStarting):
                 block.forget()  # the same operands again would start from their own solution
         with self.again():
             clock = started()

@@ -18,12 +18,11 @@ from fxjacobi import ops
 from fxjacobi.aliasing import Geometry, View, geometry_of, storage_key
 from fxjacobi.errors import CaptureError
 from fxjacobi.functional import functional_counterpart, mutation_of
-from fxjacobi.graph import TensorSpec, spec_of_value
-from fxjacobi.layouts import contiguous_strides
+from fxjacobi.graph import spec_of_value
 from fxjacobi.memory import Memory, tensor_spec
-from fxjacobi.out_of_place import dtype_out_of_place, spec_out_of_place
 from fxjacobi.placement import placed_copy
 from fxjacobi.sites import SiteFinder
+from fxjacobi.write_recorder import BATCH_NORMS, WriteRecorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,12 +60,6 @@ _SPLITS = (
     aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsafe_split.Tensor,
     aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default, aten.chunk.default,
 )  # fmt: skip
-_BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
-_DRAWS = {
-    aten.uniform_.default, aten.normal_.default, aten.exponential_.default, aten.bernoulli_.float,
-    aten.random_.default, aten.random_.to, getattr(aten.random_, "from"),
-    aten.geometric_.default, aten.cauchy_.default, aten.log_normal_.default,
-}  # fmt: skip
 _LIFTS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 _REFUSED = {
     "set_": "a tensor's storage is replaced",
@@ -111,6 +104,7 @@ class Recorder(TorchDispatchMode):
         self.paused = False
         self.overhead_s = 0.0
         self.memory = Memory(graph, attach, known, gradients, self.refuse)
+        self.writes = WriteRecorder(self.memory, self.refuse)
         self.sites = SiteFinder()
         self.undifferentiable: str | None = None  # why an emitted module would not have the run's gradients
         self._turned: Geometry | None = None  # what a tensor that is turned in place looked like before
@@ -178,7 +172,7 @@ class Recorder(TorchDispatchMode):
             self._turned = self.memory.key(self.memory.regions[storage_key(args[0])], args[0])
         elif mutation is not None:
             self._save_before_write([args[p] for p in mutation.positions if p < len(args)])
-        elif func in _BATCH_NORMS:
+        elif func in BATCH_NORMS:
             self._save_before_write([a for a in args[3:5] if a is not None])
         # Arguments are looked up before the operation runs: afterwards an in-place one has changed them.
         return self._lookup_all(args), {key: self._lookup_any(value) for key, value in kwargs.items()}
@@ -219,9 +213,12 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags:
             self._record_turned(func, args[0], nodes)
         elif mutation is not None:
-            self._record_write(func, args, kwargs, nodes, keywords, mutation, result)
-        elif func in _BATCH_NORMS and args[5] and args[3] is not None:
-            self._record_batch_norm(func, args, nodes, result)
+            if not self.writes.record(func, args, kwargs, nodes, keywords, mutation):
+                self._record_tuple(func, nodes, keywords, result)
+        elif func in BATCH_NORMS and args[5] and args[3] is not None:
+            if self.gradients:
+                self.undifferentiable = f"batch normalisation in training mode at {self.memory.site}"
+            self.writes.record_batch_norm(func, args, nodes, result)
         elif isinstance(result, torch.Tensor):
             self._record_tensor(func, args, nodes, keywords, result)
         elif isinstance(result, (tuple, list)):
@@ -339,101 +336,6 @@ class Recorder(TorchDispatchMode):
                 op, rest = aten.slice.Tensor, (dim, start, start + item.shape[dim])
                 start += item.shape[dim]
             self._record_tensor(op, args, (nodes[0], *rest), {}, item)
-
-    # -- writes ---------------------------------------------------------------------------------------------------
-
-    def _record_write(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        nodes: tuple[Any, ...],
-        keywords: dict[str, Any],
-        mutation: Any,
-        result: Any,
-    ) -> None:
-        targets = [args[p] for p in mutation.positions if p < len(args)]
-        targets += [kwargs[k] for k in mutation.keywords if k in kwargs]
-        if any(not isinstance(t, torch.Tensor) for t in targets if t is not None):
-            raise self.refuse(f"{func} writes to a list of tensors", "write to them one by one")
-        targets = [t for t in targets if t is not None]
-        if not targets:  # optional outputs that were not given: an ordinary operation
-            self._record_tuple(func, nodes, keywords, result)
-            return
-        target = targets[0]
-        if func is aten.copy_.default and self.memory.lookup(target) is nodes[1]:
-            return  # x[0] += 1 ends by copying the view onto itself
-        if func is aten.copy_.default:
-            self.memory.assign(target, self._as(nodes[1], target), shared=True)
-            return
-        elif func in (aten.fill_.Scalar, aten.zero_.default):
-            fill = nodes[1] if len(nodes) > 1 else 0
-            value = self.memory.emit(
-                aten.full.default, (list(target.shape), fill), {"dtype": target.dtype, "device": target.device},
-                TensorSpec(tuple(target.shape), target.dtype, target.device, contiguous_strides(tuple(target.shape))),
-            )  # fmt: skip
-        elif func in _DRAWS and not target.is_contiguous():
-            layout = (list(target.shape), list(target.stride()), target.dtype, target.device)
-            value = self.memory.emit(ops.draw, (func, *layout, *nodes[1:]), keywords, tensor_spec(target))
-        elif func is aten.fill_.Tensor:
-            self.memory.assign(target, self._as(nodes[1], target), shared=True)
-            return
-        else:
-            functional = functional_counterpart(func)
-            if functional is None:
-                raise self.refuse(f"{func} writes in place and has no functional form", "use an out-of-place operation")
-            # The dispatcher drops arguments that equal their defaults; the functional form may have no default.
-            positional = [a for a in func._schema.arguments if not a.kwarg_only]
-            nodes = (*nodes, *[a.default_value for a in positional[len(nodes) :]])
-            rest = {key: item for key, item in keywords.items() if key not in mutation.keywords}
-            returns = len(functional._schema.returns)
-            if returns != len(targets):
-                raise self.refuse(f"{func} writes to {len(targets)} tensors and returns {returns}")
-            if returns > 1:
-                call = self.memory.emit(functional, nodes, rest, tuple(spec_of_value(t) for t in targets))
-                for position, each in enumerate(targets):
-                    self.memory.assign(each, self.memory.emit(_getitem, (call, position), {}, spec_of_value(each)))
-                return
-            dtype = dtype_out_of_place(functional, args, target)
-            spec = spec_out_of_place(functional, args, target)
-            value = self.memory.emit(functional, nodes, rest, TensorSpec(spec.shape, dtype, spec.device, spec.stride))
-            if dtype != target.dtype:
-                value = self.memory.emit(aten._to_copy.default, (value,), {"dtype": target.dtype}, spec)
-        self.memory.assign(target, value)
-
-    def _as(self, node: fx.Node, target: torch.Tensor) -> fx.Node:
-        """The value of ``node`` with ``target``'s dtype, device and shape."""
-        spec = node.meta["spec"]
-        if spec.dtype != target.dtype or spec.device != target.device:
-            cast = {"dtype": target.dtype, "device": target.device}
-            spec = TensorSpec(spec.shape, target.dtype, target.device, spec.stride)
-            node = self.memory.emit(aten._to_copy.default, (node,), cast, spec)
-        if spec.shape != tuple(target.shape):
-            lead = target.dim() - len(spec.shape)
-            if lead < 0:  # copy_ drops leading dimensions of size one
-                node = self.memory.emit(
-                    aten.reshape.default, (node, list(spec.shape[-lead:])), {}, spec_of_value(target)
-                )
-            stride = tuple(
-                0 if d < lead or spec.shape[d - lead] != size else spec.stride[d - lead]
-                for d, size in enumerate(target.shape)
-            ) if lead >= 0 else tuple(target.stride())  # fmt: skip
-            expanded = TensorSpec(tuple(target.shape), target.dtype, target.device, stride)
-            node = self.memory.emit(aten.expand.default, (node, list(target.shape)), {}, expanded)
-        return node
-
-    def _record_batch_norm(self, func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], result: Any) -> None:
-        """Batch normalisation in training mode updates its running statistics without its schema saying so."""
-        if func is not aten.native_batch_norm.default:
-            raise self.refuse(f"{func} updates running statistics below the dispatcher", "use eval mode")
-        if self.gradients:
-            self.undifferentiable = f"batch normalisation in training mode at {self.memory.site}"
-        specs = (*(spec_of_value(item) for item in result), spec_of_value(args[3]), spec_of_value(args[4]))
-        call = self.memory.emit(aten._native_batch_norm_legit_functional.default, nodes, {}, specs)
-        for position, item in enumerate(result):
-            self.memory.add_fresh(item, self.memory.emit(_getitem, (call, position), {}, specs[position]))
-        for position in (3, 4):
-            self.memory.assign(args[position], self.memory.emit(_getitem, (call, position), {}, specs[position]))
 
     # -- what leaves the dispatcher --------------------------------------------------------------------------------
 

@@ -13,7 +13,12 @@ __all__ = ["BlockReport", "Report"]
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """One block's solve: its name, method, number of equations and what the solve needed."""
+    """One block's solve: its name, method, number of equations and what the solve needed.
+
+    ``active`` says, for each sweep, how many samples of the batch it ran, where samples are known to be independent, so
+    that those that are final are left out; ``window`` how many steps were solved together at most, where memory did not
+    allow all.
+    """
 
     name: str
     method: str
@@ -22,6 +27,8 @@ class BlockReport:
     certificate: Certificate | None = None
     prefixes: tuple[int, ...] = ()
     residual: float | None = None
+    active: tuple[int, ...] = ()
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import torch
 from fxjacobi import ops
 from fxjacobi.graph import Spec, TensorSpec
 from fxjacobi.loops import Invariant, Loop
+from fxjacobi.placement import placed_empty
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,12 +20,15 @@ __all__ = ["sample", "sample_operands"]
 _SPECIAL = (math.inf, -math.inf, math.nan, -0.0, 1e-40, 88.0, -104.0)
 
 
-def sample_operands(loop: Loop, operands: Sequence[Spec | torch.Tensor], seed: int) -> list[torch.Tensor]:
+def sample_operands(
+    loop: Loop, operands: Sequence[Spec | torch.Tensor], seed: int, phases: Sequence[int] = ()
+) -> list[torch.Tensor]:
     """Return one random tensor an operand; known tensors as they are, moved by nothing.
 
     Matrices that all steps share are scaled as weights are, so that what follows them does not saturate, where
     roundings hide. From seed 1 on, an element in two hundred of what changes from step to step is special (infinite,
-    NaN, a signed zero, subnormal, at the edge of the exponential).
+    NaN, a signed zero, subnormal, at the edge of the exponential). ``phases`` are the operands' distances from an
+    aligned address (:func:`fxjacobi.placement.phase_of`), 0 where none is given.
     """
     generator = torch.Generator().manual_seed(seed)
     shared = {b.operand for b in loop.bindings if isinstance(b, Invariant)}
@@ -33,7 +37,9 @@ def sample_operands(loop: Loop, operands: Sequence[Spec | torch.Tensor], seed: i
         if isinstance(operand, torch.Tensor):
             samples.append(operand.detach())
         elif isinstance(operand, TensorSpec):
-            samples.append(_sample(operand, generator, shared=index in shared, special=seed > 0))
+            drawn = _sample(operand, generator, shared=index in shared, special=seed > 0)
+            phase = phases[index] if index < len(phases) else 0
+            samples.append(placed_empty(drawn, phase).copy_(drawn) if phase else drawn)
         else:
             raise TypeError(f"operand {index} is no tensor")
     return samples

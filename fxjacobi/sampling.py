@@ -17,18 +17,22 @@ comes about only at a step in the middle, from the unwritten part's initial valu
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxjacobi.array_programs import Programs, programs
 from fxjacobi.causal_rules.interpreter import operand_value
 from fxjacobi.causality import CausalityProof, Refusal, prove
 from fxjacobi.certificate import Certificate, Solution
-from fxjacobi.emit import dense_stride
-from fxjacobi.loops import Invariant, Loop, Scanned, Stacked, Step, Table
-from fxjacobi.ops import restride
+from fxjacobi.device.form import Forms
+from fxjacobi.device.sampling import SamplingForm
+from fxjacobi.emit import size_in_bytes
+from fxjacobi.fewer_samples import FewerSamples, Samples, fewer_samples
+from fxjacobi.graph import spec_of
+from fxjacobi.loops import Invariant, Literal, Loop
+from fxjacobi.sampling_solve import SamplingSolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,8 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["JacobiWrites"]
 
 _log = logging.getLogger(__name__)
-
-_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class JacobiWrites(nn.Module):
@@ -52,9 +54,16 @@ class JacobiWrites(nn.Module):
         batch: Turns the tail, a Map loop, into a module that runs all steps at once with the same bits.
         watched: The constants that the proof rests on, by name. When one was written to, the next call proves anew
             from the operands' values, and runs the loop in the ordinary order if that fails.
+        drop: Leave samples of a batch that are final out of later sweeps (see :mod:`fxjacobi.fewer_samples`).
+        measure: Do so only where it is measured to be faster.
+        memory_limit: Bytes that the tail of one sweep may allocate; the window is made to fit.
+
+    Attributes:
+        warm_start: Guess the sample of the call before, after a first sweep from what the array held before the loop.
+        previous: That sample, flat.
 
     Raises:
-        ValueError: A window was asked for and the body holds Python values of its own at each step.
+        ValueError: The window has no step.
     """
 
     def __init__(
@@ -65,13 +74,21 @@ class JacobiWrites(nn.Module):
         restrided: bool = True,
         batch: Callable[[Loop], nn.Module] | None = None,
         watched: Mapping[str, torch.Tensor] | None = None,
+        drop: bool = True,
+        measure: bool = True,
+        memory_limit: int | None = None,
     ) -> None:
         super().__init__()
         if window is not None and window < 1:
             raise ValueError(f"a window of {window} steps makes no progress")
         self.watched = dict(watched or {})
         self.batch = batch
+        self.drop = drop
+        self.measure = measure
+        self.memory_limit = memory_limit
         self.last: Solution | None = None
+        self.warm_start = False
+        self.previous: torch.Tensor | None = None
         self._adopt(proof, window, restrided)
 
     def _adopt(self, proof: CausalityProof, window: int | None, restrided: bool) -> None:
@@ -81,33 +98,111 @@ class JacobiWrites(nn.Module):
         self.proof = proof
         self.refused = False
         self.checked = False
-        self.window = None if window is None or window >= structure.trip_count else window
-        self.steps = self.window or structure.trip_count
         self.restrided = restrided
-        self.parts: Programs = programs(proof, steps=self.steps, restrided=restrided)
-        self.prelude, self.network = self.parts.prelude, self.parts.network
-        self.tail: nn.Module = self.parts.tail if self.batch is None else self.batch(self.parts.tail)
         self.loop: Loop = structure.loop
-        self.method = "jacobi" if self.window is None else f"jacobi (window of {self.window})"
-        batched = getattr(self.tail, "reason", "")
-        self.reason = "one evaluation of the network serves all steps" + (f"; tail: {batched}" if batched else "")
         self.proof_sentence = str(proof)
+        self.fewer: FewerSamples | None = None
+        self.samples: Samples | None = None
+        self._dropping = ""
         device = structure.array_spec.device
-        self._written = [write.positions.reshape(structure.trip_count, -1).to(device) for write in structure.writes]
-        self._read = {
-            one.node: structure.accesses[one.node].positions for one in self.parts.inputs if one.kind == "access"
-        }
+        self.written = [write.positions.reshape(structure.trip_count, -1).to(device) for write in structure.writes]
+        self._set_window(window, self._fitting())
+        if self.drop:
+            self.samples, self.fewer, self._dropping = fewer_samples(proof, self.written, self._smaller)
+        if self.fewer is not None:
+            self._dropping = f"samples that are final are left out once {self.fewer.size} are not"
+        self._explain()
+
+    def _set_window(self, window: int | None, fitting: int | None = None) -> None:
+        """Build the programs for sweeps of ``window`` steps (``None``: all), or of ``fitting`` steps if these are fewer."""
+        structure = self.proof.structure
+        steps = min(structure.trip_count, window or structure.trip_count, fitting or structure.trip_count)
+        if structure.states:  # a window of one step, begun a step early, would make no progress
+            steps = min(structure.trip_count, max(steps, 2))
+        self.window = None if steps == structure.trip_count else steps
+        self.steps = steps
+        self.parts: Programs = programs(self.proof, steps=steps, restrided=self.restrided)
+        self.prelude, self.network = self.parts.prelude, self.parts.network
+        # A batched tail holds the Python values of its steps, so that one that slides cannot be.
+        batched = self.batch is not None and not (self.window and self.parts.literals)
+        self.tail: nn.Module = self.batch(self.parts.tail) if batched and self.batch else self.parts.tail
+        self.method = "jacobi" if self.window is None else f"jacobi (window of {self.window})"
+        self._forms = Forms(lambda runner, device: SamplingForm(self, runner, device))
+        self.selected = {}
         # A read of an element before it is written sees what was there before the loop.
-        self._early = {}
-        for node, positions in self._read.items():
-            source = structure.accesses[node].source
-            self._read[node] = positions.to(device)
+        self.early = {}
+        device = structure.array_spec.device
+        for node in (one.node for one in self.parts.inputs if one.kind == "access"):
+            source, positions = structure.accesses[node].source, structure.accesses[node].positions
+            self.selected[node] = positions.to(device)
             if source in structure.versions:
-                rank = proof.position_ranks.reshape(-1)[positions]
-                clock = torch.arange(structure.trip_count) * len(self._written) + structure.versions[source]
+                rank = self.proof.position_ranks.reshape(-1)[positions]
+                clock = torch.arange(structure.trip_count) * len(self.written) + structure.versions[source]
                 early = rank >= clock.reshape(-1, *[1] * (rank.dim() - 1))
                 if bool(early.any()):
-                    self._early[node] = early.to(device)
+                    self.early[node] = early.to(device)
+        self._explain()
+
+    def tail_at(self, start: int) -> nn.Module:
+        """Return the tail of the steps of a window that starts at ``start``."""
+        if self.window is None or not self.parts.literals:
+            return self.tail
+        bindings = list(self.parts.tail.bindings)
+        for place, values in self.parts.literals.items():
+            bindings[place] = Literal(values[start : start + self.steps])
+        return Loop(self.parts.tail.body, self.steps, bindings, self.parts.tail.results)
+
+    def _fitting(self) -> int | None:
+        """How many steps' tails fit into the limit of memory; at least one."""
+        if self.memory_limit is None:
+            return None
+        structure = self.proof.structure
+        step = sum(size_in_bytes(spec_of(node)) for node in (*structure.tail, *structure.accesses))
+        return max(1, self.memory_limit // max(step, 1))
+
+    def _explain(self) -> None:
+        batched = getattr(self.tail, "reason", "")
+        tail = f"tail: {batched}" if batched else ""
+        self.reason = "; ".join(
+            part for part in ("one evaluation of the network serves all steps", tail, self._dropping) if part
+        )
+
+    def _smaller(self, proof: CausalityProof) -> JacobiWrites:
+        """Return a block for fewer samples."""
+        return JacobiWrites(
+            proof,
+            window=self.window,
+            restrided=self.restrided,
+            batch=self.batch,
+            measure=self.measure,
+            memory_limit=self.memory_limit,
+        )
+
+    def halve_window(self) -> None:
+        """Update half as many steps at a time from now on: a sweep did not fit into memory.
+
+        Raises:
+            torch.OutOfMemoryError: One step by itself does not fit.
+        """
+        if self.steps == 1 + bool(self.proof.structure.states):
+            raise torch.OutOfMemoryError("one step of a sampling loop does not fit into memory")
+        self._set_window(-(-self.steps // 2))
+
+    def refuse_fewer(self, reason: str) -> None:
+        """Run all samples at every sweep from now on."""
+        self.fewer = None
+        self._dropping = f"each sweep runs all samples: {reason}"
+        _log.info("%s", self._dropping)
+        self._explain()
+
+    @property
+    def reason(self) -> str:
+        """Why it is solved so, and what of it is captured on a device."""
+        return self._forms.explain(self._reason)
+
+    @reason.setter
+    def reason(self, reason: str) -> None:
+        self._reason = reason
 
     # -- one call -------------------------------------------------------------------------------------------------
 
@@ -118,7 +213,12 @@ class JacobiWrites(nn.Module):
         with torch.no_grad():
             if not self._still_proven(operands):
                 return self._in_order(operands)
-            solve = _Solve(self, operands)
+            form = self._forms.of(operands)
+            captured = None if form is None else form(operands)
+            if captured is not None:
+                results, self.last = captured
+                return results
+            solve = SamplingSolve(self, operands)
             results = solve.run()
             if not self.checked and not solve.holds():
                 # A kernel whose last bits depend on what it multiplies by zero: a Winograd convolution, for one.
@@ -126,7 +226,14 @@ class JacobiWrites(nn.Module):
                 self.reason = "the network's bits change with positions that it does not depend on, so it runs in order"
                 return self._in_order(operands)
             self.checked = True
+            self.previous = solve.flat.clone() if self.warm_start and not solve.poisoned else None
+            if form is not None:
+                form.adopt(operands, results)
             return results
+
+    def forget(self) -> None:
+        """Start the next call without the sample of the call before."""
+        self.previous = None
 
     def _in_order(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
         steps = self.loop.trip_count
@@ -149,279 +256,4 @@ class JacobiWrites(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the sizes."""
-        return f"trip_count={self.loop.trip_count}, writes={len(self._written)}, window={self.window}"
-
-
-class _Solve:
-    """The state of one call."""
-
-    def __init__(self, block: JacobiWrites, operands: tuple[Any, ...]) -> None:
-        self.block = block
-        self.structure = block.proof.structure
-        self.operands = operands
-        self.count = len(block._written)
-        self.equations = self.structure.equations
-        spec = self.structure.array_spec
-        self.base = operands[self.structure.carry.init[0]].to(spec.dtype).reshape(-1)
-        self.flat = self.base.clone()
-        self.final = 0  # equations known to be final
-        self.sweeps = 0
-        self.prefixes: list[int] = []
-        bindings = self.structure.bindings
-        self.invariants = [operands[bindings[node].operand] for node in block.parts.invariants]
-        *shared, flags = block.prelude(*self.invariants)
-        self.shared = shared
-        self.poisoned = _any_nan(flags)
-        self.stacked = {one.node: self._stack(one.node) for one in block.parts.inputs if one.kind == "step"}
-
-    def run(self) -> tuple[Any, ...]:
-        ends: list[torch.Tensor] | None = None
-        certificate = Certificate.EXACT_PREFIX
-        while self.final < self.equations and not self.poisoned:
-            ends, changed = self.sweep()
-            certificate = Certificate.EXACT_PREFIX if changed else Certificate.REPEATED
-        block = self.block
-        done = self.final // self.count
-        completed = 0
-        if self.poisoned:
-            completed, certificate = self.structure.trip_count - done, Certificate.NOT_FINITE
-        block.last = Solution(
-            self.sweeps, certificate, residual=0.0, prefixes=tuple(self.prefixes), completed=completed
-        )
-        if self._wants_ends():
-            if not self.poisoned and (certificate is not Certificate.REPEATED or block.window is not None):
-                ends = self._final_ends()
-            if self.poisoned or ends is None:
-                results: tuple[Any, ...] = block.loop(*self.operands)
-                return results
-            self._run_guards(ends)
-            return self._results(ends)
-        if self.poisoned:
-            self._complete(done)
-        return self._results([])
-
-    # -- sweeps ---------------------------------------------------------------------------------------------------
-
-    def sweep(self) -> tuple[list[torch.Tensor], bool]:
-        """Evaluate all equations of the window once; return the tail's ends and whether anything changed."""
-        start = self._window()
-        ends, poisoned = self._evaluate(start)
-        if poisoned and self._reset(self.final, only_non_finite=False):
-            ends, poisoned = self._evaluate(start)
-        if poisoned:
-            self.poisoned = True
-            return ends, True
-        steps = self.block.steps
-        changes = []
-        news = []
-        for k, positions in enumerate(self.block._written):
-            here = positions[start : start + steps]
-            new = self._flat_value(k, ends)
-            news.append(new)
-            changes.append((_bits(new) != _bits(self.flat[here])).reshape(steps, -1).any(1))
-        changed = torch.stack(changes, 1).reshape(-1)  # in the order of the equations
-        origin = start * self.count
-        pending = changed[self.final - origin :].nonzero()
-        end = origin + steps * self.count
-        first = int(pending[0]) + self.final if len(pending) else end
-        before = self.final
-        self.final = min(first + 1, end)
-        for k, new in enumerate(news):
-            rows = _row(before, k, self.count) - start
-            self.flat[self.block._written[k][start + rows : start + steps]] = new[rows:]
-        if any(not bool(torch.isfinite(new).all()) for new in news if new.is_floating_point() or new.is_complex()):
-            self._reset(self.final, only_non_finite=True)
-        self.prefixes.append(self.final // self.count)
-        return ends, first < end
-
-    def _window(self) -> int:
-        return min(self.final // self.count, self.structure.trip_count - self.block.steps)
-
-    def _flat_value(self, k: int, ends: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return what the ``k``-th write of each step writes, a row a step, in the array's dtype."""
-        write = self.structure.writes[k]
-        value = ends[self.block.parts.ends.index(write.value)]
-        # A value of fewer dimensions than the part it fills is broadcast, after its own leading step.
-        missing = write.positions.dim() - value.dim()
-        value = value.reshape(value.shape[0], *[1] * missing, *value.shape[1:])
-        return value.expand(len(value), *write.positions.shape[1:]).reshape(len(value), -1).to(self.flat.dtype)
-
-    def _evaluate(self, start: int) -> tuple[list[torch.Tensor], bool]:
-        block = self.block
-        array = self.array()
-        *sources, flags = block.network(array, *self.invariants, *self.shared)
-        self.sweeps += 1
-        known: dict[fx.Node, Any] = dict(zip(block.parts.sources, sources, strict=True))
-        known |= dict(zip(block.parts.shared, self.shared, strict=True))
-        known |= dict(zip(block.parts.invariants, self.invariants, strict=True))
-        for version in self.structure.versions:
-            known[version] = array
-        stop = start + block.steps
-        arguments = []
-        for one in block.parts.inputs:
-            if one.kind == "whole":
-                arguments.append(known[one.node])
-            elif one.kind == "step":
-                arguments.append(self.stacked[one.node][start:stop])
-            else:
-                arguments.append(self._select(one.node, known, start, stop))
-        return list(block.tail(*arguments)), _any_nan(flags)
-
-    def _select(self, node: fx.Node, known: dict[fx.Node, Any], start: int, stop: int) -> torch.Tensor:
-        source = known[self.structure.accesses[node].source]
-        positions = self.block._read[node][start:stop]
-        chosen: torch.Tensor = source.reshape(-1).index_select(0, positions.reshape(-1)).view(positions.shape)
-        early = self.block._early.get(node)
-        if early is not None:
-            chosen = torch.where(early[start:stop], self.base[positions], chosen)
-        return chosen
-
-    def _reset(self, final: int, *, only_non_finite: bool) -> bool:
-        """Put the base values in place of (non-finite) guesses past ``final``; return whether any differed."""
-        any_reset = False
-        for k, positions in enumerate(self.block._written):
-            here = positions[_row(final, k, self.count) :]
-            guess, base = self.flat[here], self.base[here]
-            if only_non_finite:
-                base = torch.where(torch.isfinite(guess), guess, base)
-            if not torch.equal(_bits(guess), _bits(base)):
-                any_reset = True
-                self.flat[here] = base
-        return any_reset
-
-    def array(self, flat: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the array, laid out as in the ordinary run."""
-        spec = self.structure.array_spec
-        value = (self.flat if flat is None else flat).view(spec.shape)
-        return value if spec.stride == dense_stride(spec.shape) else restride(value, spec.stride)
-
-    def _stack(self, node: fx.Node) -> torch.Tensor:
-        binding = self.structure.bindings[node]
-        if isinstance(binding, Table):
-            return torch.stack([self.operands[number] for number in binding.operands])
-        assert isinstance(binding, Scanned)
-        operand = self.operands[binding.operand]
-        size = operand.shape[binding.dim]
-        moved: torch.Tensor = operand.movedim(binding.dim, 0)
-        indices = [index % size for index in binding.indices]
-        if indices == list(range(len(indices))):
-            return moved[: len(indices)]
-        return moved.index_select(0, torch.tensor(indices, device=moved.device))
-
-    def holds(self) -> bool:
-        """Whether steps of the ordinary run, replayed in its own states, give the bits of the solution.
-
-        With the array as it was before step p (a quarter, half and three quarters of the way), the values of all steps
-        up to p must come out as they were found. A proof knows that ``0 * x`` adds nothing, not that a kernel sums so.
-        """
-        if self.poisoned:
-            return True  # the rest was run in the ordinary order
-        total, steps, sweeps, final = self.structure.trip_count, self.block.steps, self.sweeps, self.flat
-        same = True
-        for step in sorted({total // 4, total // 2, 3 * total // 4} - {0}):
-            self.flat = final.clone()
-            self._reset(step * self.count, only_non_finite=False)
-            start = 0 if steps == total else min(step, total - steps)
-            ends, _ = self._evaluate(start)
-            for k, positions in enumerate(self.block._written):
-                stop = step + 1 if k == 0 else step
-                new = self._flat_value(k, ends)[: max(0, stop - start)]
-                same &= torch.equal(_bits(new), _bits(final[positions[start : max(start, stop)]]))
-        self.flat, self.sweeps = final, sweeps
-        return same
-
-    # -- the end --------------------------------------------------------------------------------------------------
-
-    def _complete(self, done: int) -> None:
-        """Run the steps from ``done`` on in the ordinary order."""
-        self._reset(done * self.count, only_non_finite=False)
-        loop, output = self.structure.loop, self.structure.carry.output
-        value = self.array()
-        operands = loop.align(self.operands)
-        for step in range(done, self.structure.trip_count):
-            before = {step - 1: {output: value}}
-            arguments = loop.bind(operands, step, cast("Sequence[Sequence[Any]]", before))
-            value = loop.body(*arguments)[output]
-        self.flat = value.reshape(-1)
-
-    def _wants_ends(self) -> bool:
-        versions = self.structure.versions
-        outputs = self.structure.outputs
-        others = [r for r in self.structure.loop.results if outputs[r.output] not in versions]
-        return bool(self.structure.guards or any(isinstance(outputs[r.output], fx.Node) for r in others))
-
-    def _final_ends(self) -> list[torch.Tensor] | None:
-        """Evaluate everything once more at the final array."""
-        rows: list[list[torch.Tensor]] = []
-        steps, total = self.block.steps, self.structure.trip_count
-        for start in [*range(0, total - steps, steps), total - steps]:
-            ends, poisoned = self._evaluate(start)
-            if poisoned:
-                self.poisoned = True
-                return None
-            have = sum(len(part) for part in rows[0]) if rows else 0
-            fresh = [end[have - start :] for end in ends]
-            rows = [[*old, new] for old, new in zip(rows or [[] for _ in ends], fresh, strict=True)]
-        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in rows]
-
-    def _run_guards(self, ends: Sequence[torch.Tensor]) -> None:
-        bindings = self.structure.bindings
-        for guard in self.structure.guards:
-            for step in range(self.structure.trip_count):
-
-                def at(node: fx.Node, step: int = step) -> Any:
-                    if node in self.block.parts.ends:
-                        return ends[self.block.parts.ends.index(node)][step]
-                    return bindings[node].values[step]
-
-                assert callable(guard.target)
-                guard.target(*fx.map_arg(guard.args, at))
-
-    def _results(self, ends: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        results: list[Any] = []
-        versions = self.structure.versions
-        for result in self.structure.loop.results:
-            node = self.structure.outputs[result.output]
-            match result:
-                case Step(_, step) if node in versions:
-                    results.append(self._version(step, versions[node]))
-                case Stacked(_) if node in versions:
-                    total = self.structure.trip_count
-                    results.append(torch.stack([self._version(step, versions[node]) for step in range(total)]))
-                case Step(_, step):
-                    value = ends[self.block.parts.ends.index(node)][step] if isinstance(node, fx.Node) else node
-                    results.append(value)
-                case Stacked(_):
-                    results.append(ends[self.block.parts.ends.index(node)])
-        return tuple(results)
-
-    def _version(self, step: int, version: int) -> torch.Tensor:
-        """Return the array as it was at ``step`` after ``version`` of its writes."""
-        last = step * self.count + version
-        if last >= self.equations:
-            return self.array()
-        flat = self.flat.clone()
-        for k, positions in enumerate(self.block._written):
-            here = positions[_row(last, k, self.count) :]
-            flat[here] = self.base[here]
-        return self.array(flat)
-
-
-def _row(equation: int, k: int, count: int) -> int:
-    """The first step whose ``k``-th write is equation ``equation`` or a later one."""
-    return max(0, -(-(equation - k) // count))
-
-
-def _bits(value: torch.Tensor) -> torch.Tensor:
-    """Return the bits as integers, so that NaN equals itself and -0 differs from 0."""
-    if value.is_complex():
-        value = torch.view_as_real(value.resolve_conj())
-    if not value.is_floating_point():
-        return value
-    return value.contiguous().view(_INTEGER_OF_SIZE[value.element_size()])
-
-
-def _any_nan(flags: Sequence[torch.Tensor]) -> bool:
-    if not flags:
-        return False
-    return bool(torch.stack([torch.isnan(flag) for flag in flags]).any())
+        return f"trip_count={self.loop.trip_count}, writes={len(self.written)}, window={self.window}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from fxjacobi.bits import equal_elements
 from fxjacobi.recorder import current_recorder
 from fxjacobi.scan_recording import ScanRecording
 
@@ -50,9 +51,6 @@ def scan(
     outputs: list[list[Any]] = []
     shape_of_outputs: pytree.TreeSpec | None = None
     recorder = current_recorder()
-    recording = None
-    if recorder is not None and all(isinstance(leaf, torch.Tensor) for leaf in before):
-        recording = ScanRecording(recorder, before, tensors, reverse=reverse)
 
     def one(t: int, slices: list[Any]) -> None:
         nonlocal carry, shape_of_outputs
@@ -80,10 +78,20 @@ def scan(
         return [None if leaf is None else leaf[t] for leaf in leaves]
 
     order = range(steps - 1, -1, -1) if reverse else range(steps)
-    first = cut(order[0])
-    if recording is not None:
-        recording.begin([x for x in first if x is not None])
+    first, given = cut(order[0]), before
+    recording = None
+    apart = None if recorder is None else ScanRecording.apart(recorder, [*before, *first])
+    if recorder is not None and apart is not None:
+        before, slices = apart[: len(before)], apart[len(before) :]
+        carry = pytree.tree_unflatten(before, carried)
+        recording = ScanRecording(recorder, before, tensors, reverse=reverse)
+        recording.begin([x for x in slices if x is not None])
+        given, first = [*given, *first], slices
     one(order[0], first)
+    if recording is not None and apart is not None:
+        written = _written_back(recording, given, apart)
+        carry = pytree.tree_map(lambda v: written.get(id(v), v), carry)
+        outputs[0] = [written.get(id(v), v) for v in outputs[0]]
     values = None
     if recording is not None:
         values = recording.recorded(pytree.tree_leaves(carry), [v for v in outputs[0] if v is not None])
@@ -102,6 +110,15 @@ def scan(
     stacked_leaves = [y for y in pytree.tree_leaves(ys) if y is not None]
     recording.finish(steps, values, pytree.tree_leaves(carry), stacked_leaves, recorder.root)
     return carry, ys
+
+
+def _written_back(
+    recording: ScanRecording, given: list[torch.Tensor | None], copies: list[torch.Tensor | None]
+) -> dict[int, torch.Tensor]:
+    """Write to the step's arguments what it wrote to their copies in place; return these by the copies' ids."""
+    pairs = [(a, b) for a, b in zip(given, copies, strict=True) if a is not None and b is not None]
+    changed = recording.run_unrecorded(lambda: [not bool(equal_elements(a, b).all()) for a, b in pairs])
+    return {id(copied): leaf.copy_(copied) for (leaf, copied), differs in zip(pairs, changed, strict=True) if differs}
 
 
 def _length(tensors: list[Any], length: int | None) -> int:

@@ -28,6 +28,8 @@ __all__ = ["ScanRecording"]
 
 aten = torch.ops.aten
 
+_ALIGNMENT = 64  # bytes: torch's CPU allocator starts every tensor at a multiple
+
 
 class ScanRecording:
     """One scan inside a recording.
@@ -48,6 +50,33 @@ class ScanRecording:
         self._reverse = reverse
         self._slices: list[fx.Node] = []
         self._start = self._written = 0
+
+    @staticmethod
+    def apart(recorder: Recorder, values: Sequence[Any]) -> list[Any] | None:
+        """Return the first step's arguments in memory of their own, laid out as they are; ``None`` where that cannot be.
+
+        The recorder knows values by their memory, and a step may read that of a carry's first value, or of the first
+        slice, otherwise too: as another carry, or to start again from it. Such a read is an invariant of the loop.
+        """
+        copies: list[Any] = []
+        for value in values:
+            if value is not None and not isinstance(value, torch.Tensor):
+                return None
+            recorder.paused = True  # the copy is no part of the run
+            try:
+                copy = None if value is None else _laid_out_alike(value)
+            finally:
+                recorder.paused = False
+            if copy is None and value is not None:
+                return None
+            copies.append(copy)
+        for value, copy in zip(values, copies, strict=True):
+            if copy is not None:
+                memory = recorder.memory
+                memory.add_fresh(
+                    copy, memory.emit(aten.alias.default, (memory.lookup(value),), {}, spec_of_value(copy))
+                )
+        return copies
 
     def begin(self, slices: Sequence[torch.Tensor]) -> None:
         """Call before the first step with its slices of ``xs``, made while recording."""
@@ -143,3 +172,23 @@ class ScanRecording:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
         graph.output(tuple(copies[v] for v in values))
         return make_module(nn.Module(), graph), bindings, operands
+
+
+def _laid_out_alike(value: torch.Tensor) -> torch.Tensor | None:
+    """Return a copy with the strides and the alignment of ``value``, on which the last bits of a product depend."""
+    if value.is_conj() or value.is_neg():
+        return None
+    once = value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
+    extent = 1
+    for stride, size in sorted(zip(once.stride(), once.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return None  # elements share memory
+            extent = stride * (size - 1) + extent
+    phase, itemsize = value.data_ptr() % _ALIGNMENT, value.element_size()
+    memory = torch.empty(extent + _ALIGNMENT // itemsize, dtype=value.dtype, device=value.device)
+    offset = (phase - memory.data_ptr()) % _ALIGNMENT
+    if offset % itemsize:
+        return None
+    copy = memory.as_strided(once.shape, once.stride(), offset // itemsize)
+    return copy.copy_(once).expand(value.shape)

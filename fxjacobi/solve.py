@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
     from fxjacobi.batched_body import Batch
     from fxjacobi.loops import Loop
 
-__all__ = ["Solved", "lawful", "solve", "solve_system"]
+__all__ = ["Solved", "TrialError", "lawful", "solve", "solve_system"]
 
 logger = logging.getLogger(__name__)
+
+
+class TrialError(Exception):
+    """A trial (:attr:`Contract.trial_until`) has shown that the method does not solve this in time; not for users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,8 @@ def solve(
 def solve_system(system: System, method: Method, contract: Contract, guess: Guess) -> Solved:
     """:func:`solve` for a system that is there already, with a method that is lawful for it."""
     swept = _swept_in_windows(system, method, contract, guess)
+    if contract.trial_until is not None and not method.done(swept.iterate, contract):
+        raise TrialError(f"given up after {len(swept.prefixes)} sweeps: they do not converge")
     if not swept.prefixes:
         solved = _complete(system, swept.iterate.states, {}, 0, Solution(0, Certificate.SEQUENTIAL))
     else:
@@ -173,6 +180,8 @@ def _swept(system: System, method: Method, contract: Contract, states: States) -
     iterate = method.init(system, states, contract)
     trace = _Trace(contract.patience)
     while not method.done(iterate, contract) and len(trace.prefixes) < bound and not trace.stalled:
+        if contract.trial_until is not None and time.perf_counter() > contract.trial_until:
+            raise TrialError(f"given up after {len(trace.prefixes)} sweeps: it takes too long")
         iterate = samples.step(method, iterate) if samples is not None else method.step(system, iterate, contract)
         trace.add(iterate)
     prefixes = tuple(trace.prefixes)

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from fxjacobi.adjoint import Adjoint
 from fxjacobi.batched_body import BatchedBody
 from fxjacobi.certificate import Certificate, Solution
-from fxjacobi.device.chunked import ChunkedForm
 from fxjacobi.device.form import Forms
+from fxjacobi.device.methods import form_of
 from fxjacobi.footprint import solve_bytes
 from fxjacobi.loops import Loop, Stacked, Step
 from fxjacobi.methods.guess import Base, Guess, Previous
@@ -43,6 +43,9 @@ class SolvedLoop(nn.Module):
         guess: Where sweeps start.
         warm_start: Start from the trajectory of the call before, where its shapes fit.
         memory_limit: Bytes that one batched evaluation may allocate.
+
+    Attributes:
+        fuse: Whether captured sweeps may run kernels that Inductor fuses, where that is measured to be faster.
     """
 
     last: Solution | None
@@ -67,9 +70,10 @@ class SolvedLoop(nn.Module):
         self.guess: Guess = guess if guess is not None else Base()
         self.warm_start = warm_start
         self.memory_limit = memory_limit
+        self.fuse = False
         self.last = None
         self._reason = ""
-        self._forms = Forms(lambda runner, device: ChunkedForm(self, runner, device))
+        self._forms = Forms(lambda runner, device: form_of(self, runner, device))
         self._previous: States | None = None
         self._adjoint: Adjoint | None = None
 

@@ -20,23 +20,38 @@ T = TypeVar("T")
 def started() -> Callable[[], float]:
     """Start a clock; the function returned reads the seconds since, when all that was enqueued meanwhile is done.
 
-    Where CUDA is in use these are the device's own, by two events on the current stream. The device is idle at the first,
-    so the host's part counts too.
+    Where CUDA is in use these are the device's own, by two events on the current stream: the device is idle at the first,
+    so the host's part counts too. An event says nothing of other devices; with several in use the host's clock is read.
     """
-    if not torch.cuda.is_initialized():
+    devices = _devices()
+    for device in devices:
+        torch.cuda.synchronize(device)
+    if not devices or devices != [torch.cuda.current_device()]:
         begun = time.perf_counter()
-        return lambda: time.perf_counter() - begun
-    torch.cuda.synchronize()
+
+        def elapsed() -> float:
+            for device in devices:
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - begun
+
+        return elapsed
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
 
-    def seconds() -> float:
+    def measured() -> float:
         last.record()
         last.synchronize()
-        elapsed: float = first.elapsed_time(last)
-        return elapsed / 1e3
+        milliseconds: float = first.elapsed_time(last)
+        return milliseconds / 1e3
 
-    return seconds
+    return measured
+
+
+def _devices() -> list[int]:
+    """The CUDA devices that hold memory: on the others nothing runs, and asking them would make them a context."""
+    if not torch.cuda.is_initialized():
+        return []
+    return [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(device)]
 
 
 def once(function: Callable[[], T]) -> tuple[T, float]:

@@ -10,8 +10,11 @@ from fxjacobi.passes.collapse_sampling import CollapseSampling
 from fxjacobi.passes.collapse_writes import CollapseWrites
 from fxjacobi.passes.eliminate import Eliminate
 from fxjacobi.passes.emit_solvers import EmitSolvers
+from fxjacobi.passes.guards_first import GuardsFirst
 from fxjacobi.passes.hoist_random import HoistRandom
+from fxjacobi.passes.places_to_writes import PlacesToWrites
 from fxjacobi.passes.prefixes_to_writes import PrefixesToWrites
+from fxjacobi.passes.repeated_masks import RepeatedMasks
 from fxjacobi.passes.roll_loops import RollLoops
 from fxjacobi.passes.script_loops import ScriptLoops
 from fxjacobi.passes.split_components import SplitComponents
@@ -34,11 +37,20 @@ def pipeline(options: Options, *, gradients: bool) -> tuple[Pass, ...]:
         Canonicalize(gradients=gradients, exact=options.exact),
         HoistRandom(),
         Eliminate(),
+        RepeatedMasks(),
+        GuardsFirst(),
         PrefixesToWrites(),
+        PlacesToWrites(),
         RollLoops(),
         SplitComponents(),
         CollapseWrites(),
-        CollapseSampling(exact=options.exact),
+        CollapseSampling(
+            collapse=options.method != "sequential",
+            windowed=options.method == "windowed",
+            exact=options.exact,
+            measure=options.measure,
+            memory_limit=options.memory_limit,
+        ),
         StopEarly(),
         BatchEquations(exact=options.exact),
         ScriptLoops(),

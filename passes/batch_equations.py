@@ -6,7 +6,9 @@ Fires on every loop without carries, innermost first, whose operations measured 
     map_0 = self.map_0(xs, w)        the same call, of a BatchedMap: addmm on (T B, H), tanh on (T, B, H), ...
 
 Must not fire where an operation's single step has bits that no batched way reproduces and nothing is gained by
-batching the others; the loop stays, and its ``reason`` says what was measured. With ``exact=False`` rounding may differ.
+batching the others; the loop stays, and its ``reason`` says what was measured. Nor within a loop at whose steps the map's
+operands lie in different ways (:mod:`fxjacobi.passes.unsettled`): what is measured for one says nothing about the others.
+With ``exact=False`` rounding may differ.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from fxjacobi.exactness import choose_ways
 from fxjacobi.graph import Spec, spec_of
 from fxjacobi.loops import Kind, Loop
 from fxjacobi.passes.base import Pass, PassResult
+from fxjacobi.passes.memory_effects import Phases
 from fxjacobi.passes.replace_blocks import replace_blocks
+from fxjacobi.passes.unsettled import unsettled
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -57,13 +61,17 @@ class BatchEquations(Pass):
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Batch every map that gains by it."""
-        return replace_blocks(module, self._batched)
+        phases = Phases()
+        moving = unsettled(module, phases) if self.exact else set()
+        return replace_blocks(module, lambda loop, node: self._batched(loop, node, phases, moving))
 
-    def _batched(self, loop: Loop, node: fx.Node) -> nn.Module:
+    def _batched(self, loop: Loop, node: fx.Node, phases: Phases, moving: set[fx.Node]) -> nn.Module:
         if loop.kind is not Kind.MAP:
             return loop
+        if any(n in moving for n in node.all_input_nodes):
+            return loop.with_reason("what it reads lies otherwise in memory at some steps of the loop around it")
         operands = [_operand(n) for n in node.args]  # type: ignore[arg-type]
-        batching = choose_ways(loop, operands, exact=self.exact)
+        batching = choose_ways(loop, operands, exact=self.exact, phases=[phases(n) for n in node.args])  # type: ignore[arg-type]
         logger.info("%s: %s", node.name, batching)
         if batching.module is not None:
             return BatchedMap(loop, batching.module, batching.reason)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxjacobi.graph import Site, Spec, TensorSpec, site_of, spec_of, stamp
-from fxjacobi.layouts import dense, is_contiguous, selected
+from fxjacobi.assemble import assemble, copy_node
+from fxjacobi.emit import infer, is_view
+from fxjacobi.graph import TensorSpec, site_of, spec_of
+from fxjacobi.layouts import dense, in_one_order, lie_alike
 from fxjacobi.ops import restride, write
-from fxjacobi.passes.assemble import assemble, copy_node
+from fxjacobi.passes.array_reads import ArrayReads, filled, tensor
 from fxjacobi.passes.base import Pass, PassResult
-from fxjacobi.passes.escaping import escaping
-from fxjacobi.passes.memory_effects import Need, Needs, owns_memory
-from fxjacobi.passes.write_history import FEW, Region, WriteHistory, normalised
+from fxjacobi.passes.memory_effects import Need, keeps_layout
+from fxjacobi.passes.write_history import normalised
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,11 +49,6 @@ _REWRITTEN = frozenset(
     }
 )  # fmt: skip
 """The operations that rules look at, but ``getitem``, which only follows some of these."""
-
-_WRITES = frozenset({write, _aten.select_scatter.default, _aten.slice_scatter.default})
-
-_ALIGNMENT = 64
-"""Bytes to which the allocator aligns every tensor."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +106,11 @@ class _Canonicalizer:
         self.module = module
         self.gradients = gradients
         self.exact = exact
-        self.needs = Needs()
         self.submodules = submodules
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
-        self.history = WriteHistory()
-        self.chain: dict[fx.Node, list[fx.Node]] = {}
-        self.old = next(iter(module.graph.nodes))
-        for node in module.graph.nodes:
-            if node.target in _WRITES:
-                self.chain[node] = self.chain.get(node.args[0], [])
-                self.chain[node].append(node)
-        self.escaping = escaping(module.graph)
+        self.reads = ArrayReads(self.graph, module.graph, exact=exact)
+        self.escaping = self.reads.escaping
         self.modified = False
         self.rules: dict[Any, Callable[[fx.Node, tuple[Any, ...]], fx.Node | None]] = {
             operator.getitem: self.getitem,
@@ -141,19 +130,17 @@ class _Canonicalizer:
         """Walk the graph."""
         new: dict[str, nn.Module] = {}
         for node in self.module.graph.nodes:
-            self.old = node
             rule = self.rules.get(node.target) if node.op == "call_function" else None
             args = fx.map_arg(node.args, self.values.__getitem__)
             if node.target in _DIMENSIONS:
                 args = self.positive(node, args)
             made = rule(node, args) if rule is not None else None
             if made is None:
-                kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
-                made = copy_node(self.graph, node, args, kwargs)
+                made = self.copy_of(node, args)
                 if node.op == "call_module":
                     submodule = self.submodule(self.module.get_submodule(str(node.target)))
                     new[str(node.target)] = submodule
-                self.note(made)
+                self.reads.note(made, node)
             elif made.target is not node.target or made.args != args:
                 self.modified = True
             self.values[node] = made
@@ -163,6 +150,33 @@ class _Canonicalizer:
             if node.target in (_aten.unbind.int, _aten.split.Tensor, _aten.split_with_sizes.default) and not node.users:
                 self.graph.erase_node(node)
         return assemble(self.graph, self.module, new)
+
+    def copy_of(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node:
+        """``node`` itself, with a spec that follows those of its arguments: they may lie otherwise than the old ones."""
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        spec = spec_of(node) if node.op != "output" else None
+        if keeps_layout(node) and isinstance(spec, TensorSpec) and self.follows_moved(node):
+            try:
+                spec = infer(node.target, args, kwargs)  # type: ignore[arg-type]
+            except RuntimeError:  # a view that there is of the old argument only
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                before = tensor(source)
+                args = (self.reads.emit(restride, (args[0], before.stride), before, site_of(node)), *args[1:])
+        copy = copy_node(self.graph, node, args, kwargs)
+        if node.op != "output":
+            copy.meta["spec"] = spec
+        return copy
+
+    def follows_moved(self, node: fx.Node) -> bool:
+        """Whether the strides of ``node`` follow from those of an argument for which something lies otherwise now."""
+        alike = lie_alike if is_view(node) else in_one_order  # what works by element leaves no gaps
+        for each in node.all_input_nodes:
+            before, after = spec_of(each), spec_of(self.values[each])
+            tensors = isinstance(before, TensorSpec) and isinstance(after, TensorSpec)
+            if before is not after and tensors and not alike(tensor(each), tensor(self.values[each])):
+                return True
+        return False
 
     def submodule(self, submodule: nn.Module) -> nn.Module:
         """The canonical form of a recorded submodule: one for all its calls."""
@@ -185,23 +199,6 @@ class _Canonicalizer:
         assert isinstance(spec, TensorSpec)
         self.modified = True
         return (args[0], args[1] + len(spec.shape) + _DIMENSIONS[node.target], *args[2:])
-
-    def emit(self, target: Any, args: tuple[Any, ...], spec: Spec, site: Site | None) -> fx.Node:
-        """Append one operation."""
-        return self.note(stamp(self.graph.call_function(target, args), spec, site))
-
-    def note(self, node: fx.Node) -> fx.Node:
-        """Tell the history of a new node that writes."""
-        if node.target is write:
-            base, value, index = node.args
-            assert isinstance(base, fx.Node)
-            assert isinstance(value, fx.Node)
-            spec = tensor(base)
-            region = normalised(index, spec.shape)  # type: ignore[arg-type]
-            fits = tensor(value).dtype == spec.dtype and region is not None
-            if region is not None and fits and tensor(value).shape == _shape(region, spec.shape):
-                self.history.write(node, base, value, region, short=len(self.chain[self.old]) <= FEW)
-        return node
 
     # Views
 
@@ -239,10 +236,10 @@ class _Canonicalizer:
         if type(dim) is not int or type(position) is not int:
             return None
         size = tensor(source).shape[dim]
-        return self.read(node, source, dim, position % size if size else position)
+        return self.reads.read(node, source, dim, position % size if size else position)
 
     def slice(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
-        source, dim, start, stop, step = _filled(args, 1)
+        source, dim, start, stop, step = filled(args, 1)
         if not all(item is None or type(item) is int for item in (dim, start, stop, step)):
             return None
         size = tensor(source).shape[dim]
@@ -251,107 +248,13 @@ class _Canonicalizer:
         if (start, stop, step) == (0, size, 1):
             return source  # type: ignore[no-any-return]
         if stop - start == 1 or (stop > start and stop - start <= step):
-            part = self.read(node, source, dim, start, tensor(node))
-            return self.emit(_aten.unsqueeze.default, (part, dim), spec_of(node), site_of(node))
-        return self.read(node, source, dim, (start, stop, step))
-
-    def read(
-        self,
-        node: fx.Node,
-        source: fx.Node,
-        dim: int,
-        entry: int | tuple[int, int, int],
-        outer: TensorSpec | None = None,
-    ) -> fx.Node:
-        """``source`` at ``entry`` of ``dim``: what was written there, or a view of the first tensor of its views.
-
-        ``outer`` is the spec of ``node`` where that is this view with ``dim`` kept.
-        """
-        spec = tensor(node)
-        if outer is not None:
-            spec = dense(spec, spec.shape[:dim] + spec.shape[dim + 1 :], spec.stride[:dim] + spec.stride[dim + 1 :])
-        part = self.history.part(source, len(tensor(source).shape), dim, entry)
-        if part is None or node in self.escaping:
-            return self.view(source, dim, entry, node)
-        root, region = part
-        found, written = self.history.find(root, region)
-        if written is not None and not self.may_move(node, tensor(root), region):
-            found, written = root, None
-        if written is None and found is root:
-            made = self.view(source, dim, entry, node)
-            self.history.note_part(made, root, region)
-            return made
-        made = self.at(found, region if written is None else _within(region, written), node)
-        if written is None:
-            self.history.note_part(made, found, region)
-        return self.laid_out(made, spec, node)
-
-    def may_move(self, node: fx.Node, array: TensorSpec, region: Region) -> bool:
-        """Whether ``node``, an array at ``region``, may be read from a tensor of its own.
-
-        Where alignment may matter it may if all positions of the array are aligned as a tensor is: some would not do,
-        for then one loop would read its array in two ways.
-        """
-        if not self.exact or self.needs.of(node) < Need.ALIGNMENT:
-            return True
-        return all(
-            entry is None or stride * array.dtype.itemsize % _ALIGNMENT == 0
-            for entry, stride in zip(region, array.stride, strict=True)
-        )
-
-    def laid_out(self, made: fx.Node, spec: TensorSpec, node: fx.Node) -> fx.Node:
-        """``made`` in ``spec``'s memory layout, if something that reads it may round by layout."""
-        need = self.needs.of(node) if self.exact else Need.ELEMENTS
-        if need is Need.ELEMENTS or (_same_layout(tensor(made), spec) and (need is Need.LAYOUT or owns_memory(made))):
-            return made
-        return self.emit(restride, (made, spec.stride), spec, site_of(node))
-
-    def at(self, source: fx.Node, region: Region, node: fx.Node) -> fx.Node:
-        """``source`` at ``region``: selects first, then slices."""
-        removed = 0
-        for dim, entry in enumerate(region):
-            if isinstance(entry, int):
-                source = self.read_plain(source, dim - removed, entry, node)
-                removed += 1
-        kept = [entry for entry in region if not isinstance(entry, int)]
-        for dim, entry in enumerate(kept):
-            if entry is not None:
-                source = self.read_plain(source, dim, entry, node)
-        return source
-
-    def read_plain(self, source: fx.Node, dim: int, entry: int | tuple[int, int, int], node: fx.Node) -> fx.Node:
-        """One view, noted as a part of a written array if it is one."""
-        part = self.history.part(source, len(tensor(source).shape), dim, entry)
-        made = self.view(source, dim, entry, node)
-        if part is not None:
-            self.history.note_part(made, *part)
-        return made
-
-    def view(self, source: fx.Node, dim: int, entry: int | tuple[int, int, int], node: fx.Node) -> fx.Node:
-        """Emit a ``select`` or ``slice``, merged with the views that ``source`` is made by."""
-        spec, site = tensor(source), site_of(node)
-        if source.target is _aten.unsqueeze.default and source.args[1] == dim and isinstance(entry, int):
-            assert isinstance(source.args[0], fx.Node)
-            return source.args[0]
-        if source.target is _aten.slice.Tensor:
-            inner, at, start, _, step = _slice_args(source)
-            if at == dim:
-                if isinstance(entry, int):
-                    return self.view(inner, dim, start + entry * step, node)
-                begin, end = start + entry[0] * step, start + (entry[1] - 1) * step + 1
-                if entry[1] > entry[0]:
-                    return self.view(inner, dim, (begin, end, step * entry[2]), node)
-            elif isinstance(entry, int):  # selects before slices
-                chosen = self.view(inner, dim, entry, node)
-                return self.view(chosen, at - (dim < at), _slice_args(source)[2:], node)
-        if isinstance(entry, int):
-            return self.emit(_aten.select.int, (source, dim, entry), selected(spec, dim), site)
-        start, stop, step = entry
-        size = (stop - start + step - 1) // step
-        shape = (*spec.shape[:dim], size, *spec.shape[dim + 1 :])
-        stride = (*spec.stride[:dim], spec.stride[dim] * step, *spec.stride[dim + 1 :])
-        args = (source, dim, start, stop) if step == 1 else (source, dim, start, stop, step)
-        return self.emit(_aten.slice.Tensor, args, dense(spec, shape, stride), site)
+            part = self.reads.read(node, source, dim, start, tensor(node))
+            spec = tensor(part)
+            shape = (*spec.shape[:dim], 1, *spec.shape[dim:])
+            step = spec.stride[dim] * spec.shape[dim] if dim < len(spec.shape) else 1
+            kept = dense(spec, shape, (*spec.stride[:dim], step, *spec.stride[dim:]))
+            return self.reads.emit(_aten.unsqueeze.default, (part, dim), kept, site_of(node))
+        return self.reads.read(node, source, dim, (start, stop, step))
 
     # Writes and copies
 
@@ -362,13 +265,13 @@ class _Canonicalizer:
         return self.scatter(node, base, value, dim, position)
 
     def slice_scatter(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
-        base, value, dim, start, stop, step = _filled(args, 2)
+        base, value, dim, start, stop, step = filled(args, 2)
         if not all(item is None or type(item) is int for item in (dim, start, stop, step)):
             return None
         return self.scatter(node, base, value, dim, slice(start, stop, step).indices(tensor(base).shape[dim]))
 
     def scatter(self, node: fx.Node, base: fx.Node, value: fx.Node, dim: int, entry: Any) -> fx.Node | None:
-        if not _same_layout(tensor(base), tensor(node)) or tensor(value).dtype != tensor(base).dtype:
+        if not lie_alike(tensor(base), tensor(node)) or tensor(value).dtype != tensor(base).dtype:
             return None
         dim %= len(tensor(base).shape)
         return self.write(node, (base, value, (*[None] * dim, entry)))
@@ -384,13 +287,15 @@ class _Canonicalizer:
         if region is None:
             return None
         whole = all(entry is None for entry in region) and tensor(value).shape == spec.shape
-        if whole and tensor(value).dtype == spec.dtype and node not in self.escaping:
-            return self.laid_out(value, tensor(node), node)
+        aligned = not self.exact or self.reads.needs.of(node) < Need.ALIGNMENT or self.reads.aligned(base)
+        if whole and tensor(value).dtype == spec.dtype and node not in self.escaping and aligned:
+            return self.reads.laid_out(value, tensor(node), node)
         while region and region[-1] is None:
             region = region[:-1]
         if node.target is write and region == tuple(index):
             return None
-        return self.emit(write, (base, value, region), spec_of(node), site_of(node))
+        made = self.reads.emit(write, (base, value, region), spec_of(node), site_of(node))
+        return self.reads.note(made, node)
 
     def copy(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
         """A copy with no other dtype, device or layout is its argument."""
@@ -398,61 +303,11 @@ class _Canonicalizer:
         before, after = tensor(source), tensor(node)
         if node in self.escaping or (before.dtype, before.device) != (after.dtype, after.device):
             return None
-        if self.exact and self.needs.of(node) is Need.ALIGNMENT and not owns_memory(source):
+        if self.exact and self.reads.needs.of(node) is Need.ALIGNMENT and not self.reads.aligned(source):
             return None
-        return source if _same_layout(before, after) else None
+        return source if lie_alike(before, after) else None
 
     def detach(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
         if node in self.escaping or (self.gradients and node.target is _aten.detach.default):
             return None
         return args[0]  # type: ignore[no-any-return]
-
-
-def tensor(node: fx.Node) -> TensorSpec:
-    """The spec of a node that is a tensor."""
-    spec = spec_of(node)
-    assert isinstance(spec, TensorSpec), node
-    return spec
-
-
-def _same_layout(a: TensorSpec, b: TensorSpec) -> bool:
-    """Whether two specs lay their elements out alike (a dimension of one element may have any stride)."""
-    if a.shape != b.shape:
-        return False
-    if is_contiguous(a) and is_contiguous(b):
-        return True
-    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride, b.stride, strict=True))
-
-
-def _shape(region: Region, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor of ``shape`` at ``region``."""
-    return tuple(
-        size if entry is None else len(range(*entry))
-        for entry, size in zip(region, shape, strict=True)
-        if not isinstance(entry, int)
-    )
-
-
-def _within(read: Region, written: Region) -> Region:
-    """The part of a write's value that a read inside it sees."""
-    region: list[int | tuple[int, int, int] | None] = []
-    for r, w in zip(read, written, strict=True):
-        if isinstance(w, int):
-            continue
-        if w is None or not isinstance(r, int):
-            region.append(None if r == w else r)
-        else:
-            region.append((r - w[0]) // w[2])
-    return tuple(region)
-
-
-def _filled(args: tuple[Any, ...], leading: int) -> tuple[Any, ...]:
-    """The arguments of a slice with its defaults, ``leading`` of them before the dimension."""
-    defaults: tuple[Any, ...] = (0, None, None, 1)
-    return args + defaults[len(args) - leading :]
-
-
-def _slice_args(node: fx.Node) -> tuple[fx.Node, int, int, int, int]:
-    """A canonical slice's tensor, dimension, start, stop and step."""
-    source, dim, start, stop, step = _filled(node.args, 1)
-    return source, dim, start, stop, step

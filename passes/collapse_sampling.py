@@ -1,6 +1,6 @@
 """collapse_sampling: a loop that fills an array from a causal network of that array becomes Jacobi sweeps.
 
-Fires on a loop whose only carry is an array that each step writes in part, where every value written is proven to
+Fires on a loop that carries an array that each step writes in part, where every value written is proven to
 depend on values written before it only (:mod:`fxjacobi.causality`)::
 
     before                                              after
@@ -8,8 +8,9 @@ depend on values written before it only (:mod:`fxjacobi.causality`)::
                                                         x = write(x0, tail_t(network(x)) for all t), until nothing changes
 
 Must not fire where the proof fails (the loop stays, and its reason says which element and operation broke it), where
-the body draws random numbers, carries anything else, or writes to places that depend on data. Parameters are taken to
-be unknown first, so that training does not void the proof; their zeros are read where masks alone do not suffice.
+the body draws random numbers, carries another array, or writes to places that depend on data. Small values that a step
+hands to the next beside the array are carried by the tail, in order. Parameters are taken to be unknown first, so that
+training does not void the proof; their zeros are read where masks alone do not suffice.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from torch import fx, nn
 
 from fxjacobi import ops
 from fxjacobi.array_programs import programs
-from fxjacobi.batched import BatchedMap
+from fxjacobi.assemble import assemble
 from fxjacobi.causal_rules.domain import Value, constant
 from fxjacobi.causal_rules.interpreter import interpret
 from fxjacobi.causal_rules.registry import Context, fill, overloads
 from fxjacobi.causality import CausalityProof, Refusal, prove
-from fxjacobi.emit import dense_stride
-from fxjacobi.exactness import choose_ways
-from fxjacobi.graph import Spec, TensorSpec, spec_of
-from fxjacobi.loops import Invariant, Loop, Scanned, Table
+from fxjacobi.device.hazards import indexes_by_guess
+from fxjacobi.device.rehearsal import rehearse_call
+from fxjacobi.graph import TensorSpec, spec_of
+from fxjacobi.loops import Loop, Table
 from fxjacobi.passes.base import Pass, PassResult
+from fxjacobi.passes.batch_tail import batch_tail
 from fxjacobi.passes.replace_blocks import replace_blocks
-from fxjacobi.passes.unroll_inner import unroll_inner
 from fxjacobi.sampling import JacobiWrites
+from fxjacobi.unroll_inner import unroll_inner
 
 __all__ = ["CollapseSampling"]
 
@@ -45,6 +47,9 @@ _log = logging.getLogger(__name__)
 _WRITES = frozenset([ops.write, *overloads("select_scatter", "slice_scatter", "index_put")])
 _TRIALS = 4
 
+_WINDOW = 64
+"""Steps of a window that was asked for without its size."""
+
 
 @dataclass(frozen=True)
 class CollapseSampling(Pass):
@@ -52,12 +57,20 @@ class CollapseSampling(Pass):
 
     Args:
         window: Update only so many steps at a time (GS-Jacobi); ``None``: all.
+        windowed: Use a window of the default size, a quarter of the steps or 64, where none is given.
         exact: Whether the tail's equations, run batched, must have the bits of the single steps.
+        collapse: Whether to collapse at all, or to say only that it was not asked for.
+        measure: Leave final samples out of later sweeps only where it is measured to be faster.
+        memory_limit: Bytes that the tail of one sweep may allocate; the window is made to fit.
     """
 
     name: ClassVar[str] = "collapse_sampling"
     window: int | None = None
+    windowed: bool = False
     exact: bool = True
+    collapse: bool = True
+    measure: bool = True
+    memory_limit: int | None = None
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Replace every loop that is proven causal."""
@@ -66,16 +79,26 @@ class CollapseSampling(Pass):
     def _collapse(self, module: fx.GraphModule, loop: Loop, node: fx.Node) -> nn.Module:
         if not any(inner.target in _WRITES for inner in loop.body.graph.nodes):
             return loop
+        if not self.collapse:
+            return loop.with_reason("not collapsed: the ordinary order was asked for")
         rolled, loop = loop, unroll_inner(loop)
         top_level = node.graph is module.graph
-        outcome: CausalityProof | Refusal = prove(loop)
-        for parameters in (False, True):
-            if isinstance(outcome, CausalityProof) or not top_level or outcome.element is None:
-                break
-            outcome = prove(loop, operand_values(module, loop, node, parameters=parameters))
+        outcome: CausalityProof | Refusal
+        if top_level:
+            outcome = prove(loop, operand_values(module, loop, node, parameters=False), thorough=False)
+            if isinstance(outcome, Refusal) and outcome.step is not None:
+                outcome = prove(loop, operand_values(module, loop, node, parameters=True))
+        else:
+            outcome = prove(loop)
         if isinstance(outcome, Refusal):
             _log.debug("%s stays a loop: %s", node, outcome)
             return _with_reason(rolled, outcome)
+        structure = outcome.structure
+        hazard = indexes_by_guess(structure.loop.body, [structure.array])
+        if structure.array_spec.device.type != "cpu" and hazard is not None:
+            return loop.with_reason(
+                f"not collapsed: {hazard}, which would stop the device where the guess is out of range"
+            )
         watched = {name: attrgetter(name)(module) for name in outcome.reads}
         return JacobiWrites(
             outcome,
@@ -83,33 +106,18 @@ class CollapseSampling(Pass):
             restrided=layout_matters(outcome),
             batch=self._batched,
             watched=watched,
+            measure=self.measure,
+            memory_limit=self.memory_limit,
         )
 
     def _batched(self, tail: Loop) -> nn.Module:
-        """Return the tail as one batched call, or as it is where that has other bits or gains nothing."""
-        placeholders = [node for node in tail.body.graph.nodes if node.op == "placeholder"]
-        operands: list[Spec | torch.Tensor] = []
-        for node, binding in zip(placeholders, tail.bindings, strict=True):
-            spec = spec_of(node)
-            if isinstance(binding, Scanned) and isinstance(spec, TensorSpec):
-                shape = (tail.trip_count, *spec.shape)
-                operands.append(TensorSpec(shape, spec.dtype, spec.device, dense_stride(shape)))
-            elif isinstance(binding, Invariant):
-                operands.append(spec)
-        batching = choose_ways(tail, operands, exact=self.exact)
-        _log.debug("tail: %s", batching)
-        return tail if batching.module is None else BatchedMap(tail, batching.module, batching.reason)
+        return batch_tail(tail, exact=self.exact)
 
     def _window(self, proof: CausalityProof) -> int | None:
-        """The window asked for, where the tail can do with one."""
-        if self.window is None or self.window >= proof.structure.trip_count:
-            return None
-        try:
-            programs(proof, steps=self.window, restrided=False)
-        except ValueError as reason:
-            _log.debug("no window: %s", reason)
-            return None
-        return self.window
+        """The window asked for, or of the default size."""
+        steps = proof.structure.trip_count
+        window = max(1, min(_WINDOW, steps // 4)) if self.window is None and self.windowed else self.window
+        return None if window is None or window >= steps else window
 
 
 def _with_reason(loop: Loop, refusal: Refusal) -> Loop:
@@ -178,7 +186,7 @@ def _slice(module: fx.GraphModule, chosen: set[fx.Node]) -> tuple[fx.GraphModule
             copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = dict(node.meta)
     graph.output(())
-    return fx.GraphModule(module, graph), copies
+    return assemble(graph, module), copies  # no code is generated: nobody runs it
 
 
 def layout_matters(proof: CausalityProof) -> bool:
@@ -201,6 +209,8 @@ def layout_matters(proof: CausalityProof) -> bool:
                 else _random(node, generator)
                 for node, binding in zip(placeholders, plain.tail.bindings, strict=True)
             ]  # fmt: skip
+            if rehearse_call(plain.tail.body, arguments) is not None:
+                return True
             try:
                 left, right = plain.tail.body(*arguments), laid_out.tail.body(*arguments)
             except (RuntimeError, IndexError, ValueError) as error:

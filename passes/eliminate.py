@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from fxjacobi.assemble import assemble, copy_node
 from fxjacobi.graph import TensorSpec, is_random
 from fxjacobi.loops import Loop
 from fxjacobi.ops import GUARDS
-from fxjacobi.passes.assemble import assemble, copy_node
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.escaping import escaping
 from fxjacobi.tape import FREE, literal_key
@@ -47,8 +47,9 @@ class Eliminate(Pass):
         """Merge forwards, then keep what outputs, guards and draws need."""
         result = module
         for _ in range(_ROUNDS):  # what moved to the front may have made its users repeated
-            before, result = result, eliminate(result, keep_iterations=self.keep_iterations)
-            if result is before:
+            eliminator = _Eliminator(keep_iterations=self.keep_iterations)
+            result = eliminator.run(result)
+            if eliminator.settled:
                 break
         return PassResult(result, result is not module)
 
@@ -68,6 +69,7 @@ class _Eliminator:
 
     def __init__(self, *, keep_iterations: bool) -> None:
         self.keep_iterations = keep_iterations
+        self.settled = True  # nothing was merged or moved, in any graph: there is nothing that another round would see
         self.submodules: dict[nn.Module, nn.Module] = {}
         self.effects: dict[nn.Module, bool] = {}
 
@@ -77,18 +79,22 @@ class _Eliminator:
         new: dict[str, nn.Module] = {}
         changed = False
         effects: set[fx.Node] = set()
+        called: dict[Any, nn.Module] = {}  # a recorded submodule is called many times
         for node in nodes:
             if node.op == "call_module":
-                submodule = module.get_submodule(str(node.target))
-                new[str(node.target)] = result = self.submodule(submodule)
-                changed |= result is not submodule
+                submodule = called.get(node.target)
+                if submodule is None:
+                    submodule = called[node.target] = module.get_submodule(str(node.target))
+                    new[str(node.target)] = result = self.submodule(submodule)
+                    changed |= result is not submodule
                 if self.has_effects(submodule):
                     effects.add(node)
             elif node.op in ("placeholder", "output") or is_random(node) or node.target in GUARDS:
                 effects.add(node)
-        same = self.merge(module, nodes, effects)
+        same = self.merge(module.graph, called, nodes, effects)
         live = self.alive(nodes, same, effects)
         ordered = self.ordered(nodes, same)
+        self.settled &= not same and ordered == nodes
         if not changed and len(live) == len(nodes) and ordered == nodes:
             return module
         nodes = ordered
@@ -105,15 +111,17 @@ class _Eliminator:
         return assemble(graph, module, new)
 
     @staticmethod
-    def merge(module: fx.GraphModule, nodes: list[fx.Node], effects: set[fx.Node]) -> dict[fx.Node, fx.Node]:
-        """Map each node that repeats an earlier one to that one."""
-        shown = escaping(module.graph)
+    def merge(
+        old: fx.Graph, called: dict[Any, nn.Module], nodes: list[fx.Node], effects: set[fx.Node]
+    ) -> dict[fx.Node, fx.Node]:
+        """Map each node that repeats an earlier one to that one; ``called`` are the graph's submodules."""
+        shown = escaping(old)
         first: dict[Any, fx.Node] = {}
         same: dict[fx.Node, fx.Node] = {}
 
         def key(value: Any) -> Any:
             if isinstance(value, fx.Node):
-                return fx.Node, same.get(value, value)
+                return same.get(value, value)
             if isinstance(value, (list, tuple)):
                 return (tuple, *map(key, value))
             if isinstance(value, dict):
@@ -125,11 +133,13 @@ class _Eliminator:
         for node in nodes:
             if node in effects:
                 continue
-            target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+            target = called[node.target] if node.op == "call_module" else node.target
             identity = (node.op, target, key(node.args), key(node.kwargs) if node.kwargs else None)
             earlier = first.setdefault(identity, node)
             if earlier is not node and not (node in shown and earlier in shown):
                 same[node] = earlier
+                if node in shown:  # so is the one that takes its place: a third result may not join them
+                    shown.add(earlier)
         return same
 
     def alive(self, nodes: list[fx.Node], same: dict[fx.Node, fx.Node], effects: set[fx.Node]) -> set[fx.Node]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import fx
 
+from fxjacobi.assemble import assemble, copy_node
 from fxjacobi.graph import Site, Spec, TensorSpec, is_random, site_of, spec_of, stamp
 from fxjacobi.layouts import contiguous_strides, dense
 from fxjacobi.loops import Loop
 from fxjacobi.ops import draw, guard
-from fxjacobi.passes.assemble import assemble, copy_node
 from fxjacobi.passes.base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -95,8 +95,11 @@ def _plan(module: fx.GraphModule) -> tuple[dict[fx.Node, _Free], tuple[BlockedDr
     """Which draws become which calls, and which stay."""
     free: dict[fx.Node, _Free] = {}
     blocked: list[BlockedDraw] = []
+    draws: dict[Any, bool] = {}  # a recorded submodule is called many times
     for node in module.graph.nodes:
-        if node.op == "call_module" and _draws(module.get_submodule(str(node.target))):
+        if node.op == "call_module" and node.target not in draws:
+            draws[node.target] = _draws(module.get_submodule(str(node.target)))
+        if node.op == "call_module" and draws[node.target]:
             blocked.append(BlockedDraw(node.name, site_of(node), "it draws in a submodule's own order"))
         elif is_random(node):
             found = _free(node)
@@ -253,9 +256,10 @@ def _bernoulli(node: fx.Node, generator: dict[str, Any]) -> _Free | str:
         return "it is rewritten only on the CPU"
 
     def finish(emit: _Emitter, drawn: fx.Node, args: tuple[Any, ...]) -> fx.Node:
-        low = emit(_aten.ge.Scalar, (args[0], 0), _boolean(result))
-        high = emit(_aten.le.Scalar, (args[0], 1), _boolean(result))
-        emit.check(emit(_aten.bitwise_and.Tensor, (low, high), _boolean(result)), result)
+        given = _tensor(args[0])
+        low = emit(_aten.ge.Scalar, (args[0], 0), _boolean(given))
+        high = emit(_aten.le.Scalar, (args[0], 1), _boolean(given))
+        emit.check(emit(_aten.bitwise_and.Tensor, (low, high), _boolean(given)), given)
         below = emit(_aten.lt.Tensor, (drawn, args[0]), _boolean(result))
         return emit(_aten._to_copy.default, (below,), result, {"dtype": result.dtype})
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import fx
 
+from fxjacobi.assemble import assemble
 from fxjacobi.graph import Site, Spec, site_of, spec_of, stamp
 from fxjacobi.layouts import selected
 from fxjacobi.loops import Binding, Carried, Invariant, Literal, Scanned, Table
-from fxjacobi.passes.assemble import assemble
 from fxjacobi.repeats import Column, Dataflow, Fixed, Repeat, Same
 from fxjacobi.tape import literal_key, rebuild
 

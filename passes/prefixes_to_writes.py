@@ -6,6 +6,8 @@ one before and one item more (a column of ``torch.stack(columns, 1)``, or a tens
     before                                              after
     x_1 = cat([stack([v_0], 1), full((B, D - 1), c)])   x_1 = write(x_0, v_0, (None, 0))
     x_2 = cat([stack([v_0, v_1], 1), full(...)])        x_2 = write(x_1, v_1, (None, 1))
+    x_3 = stack([v_0, v_1, v_2, full((B,), c), ...])    x_3 = write(x_2, v_2, (None, 2))
+    x_4 = pad(stack([v_0, ..., v_3], 1), (0, D - 4))    x_4 = write(x_3, v_3, (None, 3))
     y = stack([v_0, ..., v_{D-1}], 1)                   y = write(x_{D-1}, v_{D-1}, (None, D - 1))
 
 where ``x_0 = full((B, D), c)``. Both sides move the same elements, so the bits are the same; but the right side is a loop
@@ -16,22 +18,29 @@ constant, or on a chain of one. Chains that no step reads stay as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import fx
 
 from fxjacobi import ops
+from fxjacobi.assemble import assemble
 from fxjacobi.emit import dense_stride
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
-from fxjacobi.passes.assemble import assemble
 from fxjacobi.passes.base import Pass, PassResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["PrefixesToWrites", "prefixes_to_writes"]
 
 aten = torch.ops.aten
 
+_JOINS = (aten.stack.default, aten.cat.default, aten.constant_pad_nd.default)
 _CONSTANTS = (aten.full.default, aten.zeros.default, aten.ones.default)
+
+
+_Items: TypeAlias = "dict[tuple[fx.Node, int], tuple[tuple[fx.Node, bool], ...]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +75,13 @@ def _dim(node: fx.Node, spec: TensorSpec) -> int:
     return given % len(spec.shape)
 
 
-def _items(node: fx.Node, dim: int) -> tuple[tuple[fx.Node, bool], ...] | None:
-    """Return the single places along ``dim`` that ``node`` consists of."""
+def _items(node: fx.Node, dim: int, known: _Items) -> tuple[tuple[fx.Node, bool], ...] | None:
+    """Return the single places along ``dim`` that ``node`` consists of; ``known`` has those of concatenations before."""
     spec = _tensor(node)
     if spec is None:
         return None
+    if (node, dim) in known:
+        return known[node, dim]
     if node.target is aten.stack.default and _dim(node, spec) == dim:
         return tuple((item, False) for item in node.args[0])  # type: ignore[union-attr, misc]
     if spec.shape[dim] == 0:
@@ -78,37 +89,67 @@ def _items(node: fx.Node, dim: int) -> tuple[tuple[fx.Node, bool], ...] | None:
     return ((node, True),) if spec.shape[dim] == 1 else None
 
 
-def _prefix(node: fx.Node) -> _Prefix | None:
+def _without_filler(parts: Sequence[fx.Node]) -> tuple[Sequence[fx.Node], Any]:
+    """Return the leading parts that are no constant fill, and the value that the others, at the end, are filled with."""
+    count, value = len(parts), None
+    while count:
+        filler = _filler(parts[count - 1])
+        if filler is None or (value is not None and repr(filler) != repr(value)):
+            break
+        count, value = count - 1, filler
+    return parts[:count], value
+
+
+def _prefix(node: fx.Node, known: _Items) -> _Prefix | None:
     """Read ``node`` as a prefix and a filler, or as a prefix that is complete (value ``None``)."""
     spec = _tensor(node)
     if spec is None or not spec.shape or spec.stride != dense_stride(spec.shape):
         return None
+    if node.target is aten.constant_pad_nd.default:
+        return _padded(node, spec, known)
     if node.target is aten.stack.default:
         dim = _dim(node, spec)
-        return _Prefix(node, dim, _items(node, dim) or (), None)
+        columns, value = _without_filler(node.args[0])  # type: ignore[arg-type]
+        return _Prefix(node, dim, tuple((item, False) for item in columns), value)
     if node.target is not aten.cat.default:
         return None
     dim = _dim(node, spec)
     parts: tuple[fx.Node, ...] = tuple(node.args[0])  # type: ignore[arg-type]
     if any(part_spec is None or part_spec.dtype != spec.dtype for part_spec in map(_tensor, parts)):
         return None
-    value = _filler(parts[-1]) if parts else None
+    leading, value = _without_filler(parts)
     items: list[tuple[fx.Node, bool]] = []
-    for part in parts if value is None else parts[:-1]:
-        found = _items(part, dim)
+    for part in leading:
+        found = _items(part, dim, known)
         if found is None:
             return None
         items += found
+    if value is None:
+        known[node, dim] = tuple(items)
     return _Prefix(node, dim, tuple(items), value)
+
+
+def _padded(node: fx.Node, spec: TensorSpec, known: _Items) -> _Prefix | None:
+    """Read ``pad(stack(items, dim), (0, n))`` as a prefix and a filler."""
+    source, widths = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    value = node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
+    grown = [place for place, width in enumerate(widths) if width]
+    if len(grown) != 1 or grown[0] % 2 == 0 or widths[grown[0]] < 0 or not isinstance(value, (bool, int, float)):
+        return None
+    dim = len(spec.shape) - 1 - grown[0] // 2
+    assert isinstance(source, fx.Node)
+    items = _items(source, dim, known)
+    return None if items is None else _Prefix(node, dim, items, value)
 
 
 def _chains(module: fx.GraphModule) -> dict[fx.Node, tuple[_Prefix, _Prefix | None]]:
     """Return, for each node to rewrite, what it is and the prefix it continues (``None``: it starts from filler)."""
     known: dict[Any, _Prefix] = {}
+    items: _Items = {}
     found: dict[fx.Node, tuple[_Prefix, _Prefix | None]] = {}
     continued: set[fx.Node] = set()
     for node in module.graph.nodes:
-        prefix = _prefix(node)
+        prefix = _prefix(node, items)
         spec = _tensor(node)
         if prefix is None or spec is None:
             continue
@@ -165,7 +206,7 @@ def prefixes_to_writes(module: fx.GraphModule) -> fx.GraphModule:
             current = stamp(graph.call_function(ops.write, (current, values[item], index)), spec, site)
         values[node] = current
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.target in (aten.stack.default, aten.cat.default, *_CONSTANTS):
+        if not node.users and node.target in (*_JOINS, *_CONSTANTS):
             graph.erase_node(node)
     return assemble(graph, module)
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from fxjacobi.assemble import assemble, copy_node
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
+from fxjacobi.inline_calls import inline_calls
 from fxjacobi.layouts import dense, is_contiguous
 from fxjacobi.loops import Loop, Result, Stacked, Step
-from fxjacobi.passes.assemble import assemble, copy_node
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.eliminate import eliminate
-from fxjacobi.passes.inline_calls import inline_calls
 from fxjacobi.passes.loop_body import LoopBody
 from fxjacobi.repeats import Repeat, classify, find_repeats, indices_of
 from fxjacobi.tape import NOT_A_SELECT, Tape, rebuild, tabulate

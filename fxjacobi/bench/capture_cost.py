@@ -50,6 +50,20 @@ def _elementwise(x: torch.Tensor, operations: int) -> torch.Tensor:
     return x
 
 
+def _cost(case: str, ordinary_s: float, first_s: float, unit: str, units: int) -> Row:
+    return Row(
+        case,
+        {
+            "ordinary_s": ordinary_s,
+            "first_call_s": first_s,
+            "more_s": first_s - ordinary_s,
+            f"more_per_{unit}_us": (first_s - ordinary_s) / units * 1e6,
+            "ratio": first_s / ordinary_s,
+            "equal": True,
+        },
+    )
+
+
 class CaptureCost(Benchmark):
     """First call beside ordinary call at T = 256, 1k, 4k and 16k, and recording alone; both must grow linearly."""
 
@@ -64,17 +78,7 @@ class CaptureCost(Benchmark):
                 (ordinary_s,) = interleaved([partial(model, x)], rounds=3)
                 result, first_s = once(partial(fxjacobi.compile(model), x))
                 assert_equal_bits(result, model(x))
-            yield Row(
-                f"T={steps}",
-                {
-                    "ordinary_s": ordinary_s,
-                    "first_call_s": first_s,
-                    "more_s": first_s - ordinary_s,
-                    "more_per_step_us": (first_s - ordinary_s) / steps * 1e6,
-                    "ratio": first_s / ordinary_s,
-                    "equal": True,
-                },
-            )
+            yield _cost(f"T={steps}", ordinary_s, first_s, "step", steps)
         for operations in (64,) if settings.quick else (1_000, 4_000, 16_000):
             yield self._recording(settings, operations)
 
@@ -88,17 +92,7 @@ class CaptureCost(Benchmark):
         assert recorded.capture is not None
         assert recorded.capture.operations == operations
         assert_equal_bits(recorded.result, _elementwise(x, operations))
-        return Row(
-            f"recording alone, {operations} operations",
-            {
-                "ordinary_s": ordinary_s,
-                "first_call_s": first_s,
-                "more_s": first_s - ordinary_s,
-                "more_per_operation_us": (first_s - ordinary_s) / operations * 1e6,
-                "ratio": first_s / ordinary_s,
-                "equal": True,
-            },
-        )
+        return _cost(f"recording alone, {operations} operations", ordinary_s, first_s, "operation", operations)
 
 
 class CompileTime(Benchmark):

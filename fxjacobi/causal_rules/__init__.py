@@ -1,8 +1,13 @@
-"""The rules of the causal-rank analysis, one module for each family of operations."""
+"""The rules of the causal-rank analysis, one module for each family of operations.
+
+In the rules' docstrings ``r(x)[i]`` is the rank of element ``i``: the largest step whose written position it may depend on.
+"""
 
 from fxjacobi.causal_rules import (
     convolution,
     indexing,
+    magnitudes_of_elements,
+    magnitudes_of_products,
     matmul,
     normalisation,
     pointwise,
@@ -22,6 +27,8 @@ __all__ = [
     "convolution",
     "find_rule",
     "indexing",
+    "magnitudes_of_elements",
+    "magnitudes_of_products",
     "matmul",
     "normalisation",
     "pointwise",

@@ -60,8 +60,15 @@ def _blame(
     if start is None:
         return end
     node, element = start
-    trail = _trail(structure, env, node, element, clock)
-    return _culprit(context, structure, env, trail) or end
+    probe = Context(
+        context.top,
+        finite_masks=context.finite_masks,
+        may_be_lenient=context.may_be_lenient,
+        assumable=context.assumable,
+    )
+    with probe.within(env):
+        trail = _trail(probe, structure, env, node, element, clock)
+        return _culprit(probe, structure, env, trail) or end
 
 
 def _entrance(
@@ -88,14 +95,14 @@ def _entrance(
 
 
 def _trail(
-    structure: ArrayLoop, env: dict[fx.Node, Value], node: fx.Node, element: int, clock: int
+    probe: Context, structure: ArrayLoop, env: dict[fx.Node, Value], node: fx.Node, element: int, clock: int
 ) -> list[tuple[fx.Node, int, fx.Node, int]]:
     """Return ``(node, element, argument node, its element)`` from the tail's end to the array."""
     trail: list[tuple[fx.Node, int, fx.Node, int]] = []
     while node not in structure.versions:
         if node.op == "call_function" and not isinstance(env.get(node), Abstract):
             break
-        before = _before(env, node, element, clock)
+        before = _before(probe, env, node, element, clock)
         if before is None:
             break
         trail.append((node, element, *before))
@@ -107,7 +114,9 @@ def _leaves(node: fx.Node, env: dict[fx.Node, Value]) -> list[fx.Node]:
     return [used for used in node.all_input_nodes if tensors_in(env.get(used))]
 
 
-def _before(env: dict[fx.Node, Value], node: fx.Node, element: int, clock: int) -> tuple[fx.Node, int] | None:
+def _before(
+    probe: Context, env: dict[fx.Node, Value], node: fx.Node, element: int, clock: int
+) -> tuple[fx.Node, int] | None:
     """Return an argument of ``node`` and one of its elements, offending too, that ``element`` of it depends on."""
     target = node
     chosen: int | None = None
@@ -127,14 +136,14 @@ def _before(env: dict[fx.Node, Value], node: fx.Node, element: int, clock: int) 
         shape = _shape(env, node)
         if value.shape == shape and bool((offending == element).any()):
             own = torch.tensor([element])
-            if _reaches(env, target, used, own, element, chosen):
+            if _reaches(probe, env, target, used, own, element, chosen):
                 return used, element
-        if not _reaches(env, target, used, offending, element, chosen):
+        if not _reaches(probe, env, target, used, offending, element, chosen):
             continue
         low = offending
         while len(low) > 1:
             half = low[: len(low) // 2]
-            low = half if _reaches(env, target, used, half, element, chosen) else low[len(low) // 2 :]
+            low = half if _reaches(probe, env, target, used, half, element, chosen) else low[len(low) // 2 :]
         return used, int(low[0])
     return None
 
@@ -145,7 +154,13 @@ def _shape(env: dict[fx.Node, Value], node: fx.Node) -> tuple[int, ...]:
 
 
 def _reaches(
-    env: dict[fx.Node, Value], node: fx.Node, used: fx.Node, marked: torch.Tensor, element: int, chosen: int | None
+    probe: Context,
+    env: dict[fx.Node, Value],
+    node: fx.Node,
+    used: fx.Node,
+    marked: torch.Tensor,
+    element: int,
+    chosen: int | None,
 ) -> bool:
     """Whether ``element`` of ``node`` depends on any of the ``marked`` elements of its argument ``used``."""
     found = env[used]
@@ -161,7 +176,7 @@ def _reaches(
 
     args = map_arg(node.args, replaced)
     kwargs = map_arg(node.kwargs, replaced)
-    result = evaluate(Context(0), node, args, kwargs)
+    result = evaluate(probe, node, args, kwargs)
     if chosen is not None:
         assert isinstance(result, (tuple, list))
         result = result[chosen]
@@ -176,7 +191,7 @@ def _unranked(item: object) -> object:
 
 
 def _culprit(
-    context: Context,
+    probe: Context,
     structure: ArrayLoop,
     env: dict[fx.Node, Value],
     trail: list[tuple[fx.Node, int, fx.Node, int]],
@@ -204,7 +219,7 @@ def _culprit(
     for node, element, used, inner in trail:
         if node.target in MOVES or is_pointwise(node.target):
             continue
-        without = _without(context, env, node, element, used, inner)
+        without = _without(probe, env, node, element, used, inner)
         if without is None:
             continue
         value = env[used]
@@ -216,7 +231,7 @@ def _culprit(
 
 
 def _without(
-    context: Context, env: dict[fx.Node, Value], node: fx.Node, element: int, used: fx.Node, inner: int
+    probe: Context, env: dict[fx.Node, Value], node: fx.Node, element: int, used: fx.Node, inner: int
 ) -> int | None:
     """Return the rank that ``element`` of ``node`` would have without element ``inner`` of its argument."""
     target, chosen = node, None
@@ -231,7 +246,7 @@ def _without(
     def replaced(one: fx.Node) -> Any:
         return cut if one is used else env[one]
 
-    result = evaluate(Context(context.top), target, map_arg(target.args, replaced), map_arg(target.kwargs, replaced))
+    result = evaluate(probe, target, map_arg(target.args, replaced), map_arg(target.kwargs, replaced))
     if chosen is not None:
         assert isinstance(result, (tuple, list))
         result = result[chosen]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, squash
+from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, broadcast, every, some, squash
 from fxjacobi.causal_rules.matmul import masked_maximum
 from fxjacobi.causal_rules.registry import Context, rule
 from fxjacobi.graph import TensorSpec, spec_of
@@ -116,9 +116,9 @@ def convolution_rank(
             here = dead
             for place in tap:
                 here = here.select(2, place)
-            if bool(here.all()):
+            if every(here):
                 continue
-            if bool(here.any()):
+            if some(here):
                 # (out, in / groups); a transposed weight is (in, out / groups) and is turned group by group.
                 alive = ~here
                 if transposed:
@@ -129,9 +129,7 @@ def convolution_rank(
                 slice(d * t, d * t + (n - 1) * s + 1, s)
                 for n, s, d, t in zip(rank.shape[2:], stride, dilation, tap, strict=True)
             )
-            result = result.expand(
-                *torch.broadcast_shapes(result.shape[:2], mixed.shape[:2]), *result.shape[2:]
-            ).clone()
+            result = result.expand(*broadcast(result.shape[:2], mixed.shape[:2]), *result.shape[2:]).clone()
             result[(slice(None), slice(None), *window)] = torch.maximum(
                 result[(slice(None), slice(None), *window)], mixed
             )
@@ -159,6 +157,7 @@ def _finish(node: fx.Node, rank: torch.Tensor, bias: Abstract | None) -> Abstrac
 
 @rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution")
 def _convolution(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[b, o, p] = max r(x)[b, c, s p + d k - pad]`` over channels c of o's group and taps k with ``w[o, c, k]`` not 0."""
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
     source, weight, bias = args[:3]
@@ -179,6 +178,7 @@ def _convolution(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs:
 
 @rule("conv1d.default", "conv2d.default", "conv3d.default")
 def _composite(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """The same for the forms of ``torch.conv1d`` and its like, whose arguments have defaults."""
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
     given = (
@@ -238,6 +238,7 @@ _POOLS = (
 
 @rule(*_POOLS)
 def _pool(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[p] = max r(x)[s p + d k - pad]`` over the window's places k."""
     name = str(node.target)
     average = "avg" in name
     count = next(int(digit) for digit in name.split("pool")[1] if digit.isdigit())
@@ -267,6 +268,7 @@ def _dense(rank: torch.Tensor, count: int) -> torch.Tensor:
 
 @rule("adaptive_avg_pool1d", "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool3d")
 def _adaptive(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[i] = max r(x)[floor(i n / m) .. ceil((i + 1) n / m) - 1]`` along each pooled dimension, ``n`` to ``m`` places."""
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
     rank = args[0].rank

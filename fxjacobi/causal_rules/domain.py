@@ -7,22 +7,41 @@ Ranks seldom vary along every dimension (never along the batch, seldom along cha
 dimensions along which they are constant at stride 0: :func:`squash` gives them size 1, results are expanded
 back, and an analysis at full size costs what one at batch size 1 does. Constancy is a fact of the values, so nothing
 about batches has to be assumed.
+
+Masks have millions of entries, and on the CPU ``torch.where``, ``Tensor.any`` and comparisons take 10 to 50 times as long
+as arithmetic on the same bytes; :func:`some`, :func:`every`, :func:`without` and :func:`is_value` do the same by arithmetic.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["NOTHING", "Abstract", "Value", "constant", "squash", "squash_equal", "unknown"]
+__all__ = [
+    "NOTHING",
+    "Abstract",
+    "Value",
+    "broadcast",
+    "constant",
+    "every",
+    "nothing",
+    "some",
+    "squash",
+    "squash_equal",
+    "unknown",
+    "without",
+]
 
 NOTHING = -1
 """The rank of an element that depends on no written position."""
+
+_NOTHING = torch.tensor(NOTHING, dtype=torch.int32)
+_TRUE = torch.tensor(True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +59,7 @@ class Abstract:
     known: torch.Tensor | None = None
     value: torch.Tensor | None = None
     sources: frozenset[str] = frozenset()
+    found: dict[float, torch.Tensor | None] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,7 +69,7 @@ class Abstract:
     @property
     def constant(self) -> bool:
         """Whether every element is known."""
-        return self.known is not None and bool(squash(self.known).all())
+        return self.known is not None and every(squash(self.known))
 
     @property
     def highest(self) -> int:
@@ -60,8 +80,10 @@ class Abstract:
         """Where the element is known to be ``value`` (``None``: nowhere)."""
         if self.known is None or self.value is None:
             return None
-        found = squash_broadcast(torch.logical_and, squash(self.known), (squash(self.value) == value).cpu(), self.shape)
-        return found if bool(squash(found).any()) else None
+        if value not in self.found:
+            found = squash(self.known) & is_value(squash(self.value), value).cpu()
+            self.found[value] = found.expand(self.shape) if some(found) else None
+        return self.found[value]
 
 
 Value: TypeAlias = "Abstract | tuple[Value, ...] | object"
@@ -70,7 +92,7 @@ Value: TypeAlias = "Abstract | tuple[Value, ...] | object"
 
 def squash(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` with size 1 along every dimension of stride 0 (a view)."""
-    if tensor.numel() == 0:
+    if 0 not in tensor.stride() or tensor.numel() == 0:
         return tensor
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if stride == 0 and size > 1:
@@ -78,38 +100,65 @@ def squash(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def squash_broadcast(function: object, left: torch.Tensor, right: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Apply a pointwise function of two squashed tensors and expand the outcome to ``shape``."""
-    assert callable(function)
-    result: torch.Tensor = function(left, right)
-    return result.expand(tuple(shape))
+def some(mask: torch.Tensor) -> bool:
+    """Whether any element of a ``bool`` tensor is true."""
+    return mask.numel() > 0 and bool(mask.view(torch.uint8).amax())
 
 
-def squash_equal(tensor: torch.Tensor) -> torch.Tensor:
-    """Return an equal tensor with stride 0 along every dimension along which the values are all equal."""
+def every(mask: torch.Tensor) -> bool:
+    """Whether all elements of a ``bool`` tensor are true."""
+    return mask.numel() == 0 or bool(mask.view(torch.uint8).amin())
+
+
+def without(rank: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    """Return ``where(dead, -1, rank)``, broadcast."""
+    if rank.numel() == 1 and rank.dim() <= dead.dim() and int(rank) == NOTHING:
+        return nothing(dead.shape)
+    return (rank - NOTHING) * ~dead + NOTHING
+
+
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that ``shapes`` broadcast to; ``torch.broadcast_shapes`` imports sympy, which takes 0.2 s."""
+    dims = max(len(shape) for shape in shapes)
+    padded = [(*[1] * (dims - len(shape)), *shape) for shape in shapes]
+    return tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*padded, strict=True))
+
+
+def is_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    """Return ``tensor == value``."""
+    return ~tensor.to(torch.bool) if value == 0 else tensor == value
+
+
+def squash_equal(tensor: torch.Tensor, dims: Iterable[int] | None = None) -> torch.Tensor:
+    """Return an equal tensor with stride 0 along every dimension (of ``dims``) along which the values are all equal."""
     shape = tensor.shape
     if tensor.numel() == 0:
         return tensor
     tensor = squash(tensor)
-    for dim in range(tensor.dim()):
+    for dim in range(tensor.dim()) if dims is None else dims:
         if tensor.shape[dim] > 1:
             first = tensor.narrow(dim, 0, 1)
-            if bool((tensor == first).all()):
+            if every(tensor == first):
                 tensor = first
     return tensor.expand(shape)
 
 
 def unknown(shape: Sequence[int], rank: int = NOTHING) -> Abstract:
     """Return a tensor of which nothing is known but one rank for all elements."""
-    return Abstract(torch.tensor(rank, dtype=torch.int32).expand(tuple(shape)))
+    return Abstract(nothing(shape) if rank == NOTHING else torch.tensor(rank, dtype=torch.int32).expand(tuple(shape)))
+
+
+def nothing(shape: Sequence[int]) -> torch.Tensor:
+    """Return the ranks of a tensor that depends on no written position."""
+    return _NOTHING.expand(tuple(shape))
 
 
 def constant(value: torch.Tensor, source: str | None = None) -> Abstract:
     """Return a tensor known in full, from the constant named ``source`` (or from the program itself)."""
     shape = tuple(value.shape)
     return Abstract(
-        torch.tensor(NOTHING, dtype=torch.int32).expand(shape),
-        torch.tensor(True).expand(shape),
+        nothing(shape),
+        _TRUE.expand(shape),
         value.detach(),
         frozenset() if source is None else frozenset({source}),
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, squash, unknown
+from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, broadcast, squash, unknown, without
 from fxjacobi.causal_rules.reductions import argument, reduced
 from fxjacobi.causal_rules.registry import Context, rule
 from fxjacobi.causal_rules.views import joined, moved
@@ -36,6 +36,7 @@ def _known_index(context: Context, index: Abstract) -> torch.Tensor | None:
 
 @rule("embedding")
 def _embedding(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[i, :] = max(r(index)[i], max_v r(table)[v, :])``."""
     weight, index = args[:2]
     rank = torch.maximum(index.rank.unsqueeze(-1), squash(reduced(weight.rank, 0, keepdim=False)))
     return Abstract(rank.expand(_spec(node).shape))
@@ -43,6 +44,7 @@ def _embedding(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: d
 
 @rule("index_select")
 def _index_select(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[i] = r(x)[index_i]``; of an index that is not known, any place along the dimension, and what it rests on."""
     base, dim, index = args
     known = _known_index(context, index)
     if known is not None:
@@ -59,6 +61,7 @@ def _index_select(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs
 
 @rule("gather", "take_along_dim")
 def _gather(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[i, j] = r(x)[index_ij, j]`` along the dimension; of an unknown index, the most of its column."""
     base = args[0]
     index = argument(node, "index", args, kwargs)
     index = argument(node, "indices", args, kwargs) if index is None else index
@@ -76,6 +79,7 @@ def _gather(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict
 
 @rule("index.Tensor", "_unsafe_index.Tensor")
 def _index(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[i] = r(x)[index_i, ...]``; of unknown indices, the most along the dimensions that they index."""
     base, indices = args[0], list(args[1])
     given = [index for index in indices if index is not None]
     shape = _spec(node).shape
@@ -99,7 +103,7 @@ def _index(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
         return context.give_up(node, args, kwargs)
     dims = [dim for dim, index in enumerate(indices) if index is not None]
     rest = reduced(base.rank, dims, keepdim=False)
-    block = torch.broadcast_shapes(*(index.shape for index in given))
+    block = broadcast(*(index.shape for index in given))
     adjacent = dims == list(range(dims[0], dims[-1] + 1))
     start = dims[0] if adjacent else 0
     rank = torch.tensor(NOTHING, dtype=torch.int32)
@@ -113,6 +117,7 @@ def _index(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
 
 @rule("index_put", "_unsafe_index_put")
 def _index_put(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = r(x)`` but at the indices, where it is the value's; where several may fall on a place, the most."""
     base, indices, value = args[0], list(args[1]), args[2]
     accumulate = bool(argument(node, "accumulate", args, kwargs))
     given = [index for index in indices if index is not None]
@@ -123,20 +128,22 @@ def _index_put(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: d
     values = iter(known)
     full = [None if index is None else next(values) for index in indices]
 
-    def put(pair: list[torch.Tensor]) -> torch.Tensor:
+    def put(pair: list[torch.Tensor], accumulate: bool = False) -> torch.Tensor:
         chosen = [None if index is None else index.to(pair[0].device) for index in full]
-        found: torch.Tensor = torch.ops.aten.index_put(pair[0].clone(), chosen, pair[1])
+        found: torch.Tensor = torch.ops.aten.index_put(pair[0].clone(), chosen, pair[1], accumulate)
         return found
 
-    if not accumulate:
+    counts = put([torch.zeros(base.shape, dtype=torch.int32), torch.ones((), dtype=torch.int32)], accumulate=True)
+    if not accumulate and (not counts.numel() or int(counts.max()) <= 1):
         return joined([base, value], put, spec.dtype)
-    # Several values may fall on one element: all of them reach it.
-    touched = put([torch.zeros(base.shape, dtype=torch.bool), torch.ones((), dtype=torch.bool)])
-    return Abstract(torch.where(touched, torch.clamp(base.rank, min=value.highest), base.rank))
+    # Several values may fall on one element: any of them may reach it, and sums are of all of them.
+    reached = without(torch.tensor(value.highest, dtype=torch.int32), counts == 0)
+    return Abstract(torch.maximum(base.rank, reached))
 
 
 @rule("scatter.src", "scatter.value", "scatter_add", "scatter_reduce.two")
 def _scatter(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[index_ij, j] = r(src)[i, j]`` along the dimension, elsewhere ``r(x)``; of unknown indices, the most of a column."""
     base, dim, index, source = args[:4]
     shape = _spec(node).shape
     if not shape:
@@ -159,6 +166,10 @@ def _scatter(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dic
         )
         if int(counts.max()) <= 1:
             return joined([base, source], put, _spec(node).dtype)
+    if known is not None and isinstance(source, Abstract):
+        # Sums, products, or values that collide: every one of them may reach its place.
+        part = source.rank[tuple(slice(0, size) for size in index.shape)].contiguous()
+        return Abstract(base.rank.contiguous().scatter_reduce(dim, known, part, "amax"))
     region = tuple(slice(0, size if axis != dim else None) for axis, size in enumerate(index.shape))
     reach = reduced(index.rank, dim, keepdim=True)
     if isinstance(source, Abstract):
@@ -171,10 +182,14 @@ def _scatter(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dic
 
 @rule("index_fill", "index_copy", "index_add")
 def _index_write(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """Slices along a dimension, added or replaced; of an unknown index they may fall anywhere."""
     base, dim, index, source = args[:4]
     shape = _spec(node).shape
-    if not shape:
+    if not shape or not index.shape:
         return context.give_up(node, args, kwargs)
+    known = _known_index(context, index)
+    if known is not None:
+        return _written(node, base, dim, known, source)
     rank = torch.maximum(base.rank, torch.tensor(index.highest, dtype=torch.int32))
     if isinstance(source, Abstract):
         reach = reduced(source.rank, dim, keepdim=True) if source.shape else source.rank
@@ -182,8 +197,28 @@ def _index_write(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs:
     return Abstract(rank.expand(shape))
 
 
+def _written(node: fx.Node, base: Abstract, dim: int, index: torch.Tensor, source: object) -> Value:
+    """Return ``base`` with slices along ``dim`` added to (``index_add``) or replaced, at places known in advance."""
+    name = str(node.target)
+    if "index_fill" in name:
+        untouched = torch.ones(base.shape[dim], dtype=torch.bool).index_fill(0, index, False)
+        placed = [1] * len(base.shape)
+        placed[dim] = -1
+        highest = source.highest if isinstance(source, Abstract) else NOTHING
+        filled = torch.tensor(highest, dtype=torch.int32)
+        return Abstract(torch.where(untouched.reshape(placed), base.rank, filled).expand(base.shape))
+    assert isinstance(source, Abstract)
+    part, rank = source.rank.expand(source.shape).contiguous(), base.rank.contiguous()
+    if "index_copy" in name and len(index.unique()) == len(index):
+        return Abstract(rank.index_copy(dim, index, part))
+    placed = [1] * len(base.shape)
+    placed[dim] = -1
+    return Abstract(rank.scatter_reduce(dim, index.reshape(placed).expand(part.shape), part, "amax"))
+
+
 @rule("one_hot")
 def _one_hot(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[i, :] = r(index)[i]``."""
     return Abstract(args[0].rank.unsqueeze(-1).expand(_spec(node).shape))
 
 

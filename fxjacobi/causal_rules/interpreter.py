@@ -90,12 +90,21 @@ def interpret(
         assert not hasattr(values, "keys")
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         env = dict(zip(placeholders, values, strict=True))
+    with context.within(env):
+        _run(context, module, env, names)
+    return env
+
+
+def _run(
+    context: Context, module: fx.GraphModule, env: dict[fx.Node, Value], names: Mapping[str, Value] | None
+) -> None:
+    """Add to ``env`` the values of all nodes that it allows to compute."""
+    lookup: Any = env.__getitem__
     for node in module.graph.nodes:
         if node in env or node.op in ("placeholder", "output"):
             continue
         if not all(used in env for used in node.all_input_nodes):
             continue
-        lookup: Any = env.__getitem__
         args, kwargs = map_arg(node.args, lookup), map_arg(node.kwargs, lookup)
         if node.op == "get_attr":
             if names is not None and node.target in names:
@@ -111,7 +120,6 @@ def interpret(
             env[node] = None
         else:
             env[node] = evaluate(context, node, args, kwargs)
-    return env
 
 
 def _outputs(module: fx.GraphModule, env: Mapping[fx.Node, Value]) -> tuple[Value, ...]:

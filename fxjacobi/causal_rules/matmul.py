@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, squash
+from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, broadcast, every, nothing, squash, without
 from fxjacobi.causal_rules.pointwise import maximum_rank, pointwise
 from fxjacobi.causal_rules.registry import Context, rule, tensors_in
 from fxjacobi.graph import TensorSpec, spec_of
@@ -39,26 +39,30 @@ def masked_maximum(rank: torch.Tensor, alive: torch.Tensor | None) -> torch.Tens
     if alive is None:
         return rank.amax(-1, keepdim=True)
     if constant_k:
-        some = squash(alive.any(-2, keepdim=True))
-        return torch.where(some, rank[..., :1], NOTHING)
+        column = squash(alive)
+        column = column.view(torch.uint8).amax(-2, keepdim=True) if alive.shape[-2] else column.new_zeros(1)
+        return (rank[..., :1] - NOTHING) * column + NOTHING
     size = alive.shape[-2]
     if rank.shape[-1] != size:
         rank = rank.expand(*rank.shape[:-1], size)
     alive = squash(alive)
     if alive.shape[-2] != size:
         alive = alive.expand(*alive.shape[:-2], size, alive.shape[-1])
-    if bool(alive.all()):
+    if every(alive):
         return rank.amax(-1, keepdim=True)
+    if rank.numel() == 0:
+        batch = broadcast(rank.shape[:-2], alive.shape[:-2])
+        return rank.new_zeros(*batch, rank.shape[-2], alive.shape[-1])
     inverse = None
     if alive.dim() == 2 and rank.numel() * alive.shape[-1] > _MANY:
         alive, inverse = torch.unique(alive, dim=1, return_inverse=True)
     rows = rank.shape[-2]
     step = max(1, min(rows, _CHUNK // max(1, size * alive.shape[-1])))
-    parts = []
-    for start in range(0, rows, step):
-        chunk = rank[..., start : start + step, :].unsqueeze(-1)
-        parts.append(torch.where(alive.unsqueeze(-3), chunk, NOTHING).amax(-2))
-    result = torch.cat(parts, -2)
+    # max over k of alive * (rank + 1), less 1: in 16 bits where the ranks allow it, for the bytes are what costs.
+    narrow = torch.int16 if int(rank.max()) < torch.iinfo(torch.int16).max else torch.int32
+    counts, live = (rank - NOTHING).to(narrow), alive.view(torch.uint8).unsqueeze(-3)
+    parts = [(live * counts[..., start : start + step, :].unsqueeze(-1)).amax(-2) for start in range(0, rows, step)]
+    result = (torch.cat(parts, -2) if len(parts) > 1 else parts[0]).to(torch.int32) + NOTHING
     return result if inverse is None else result[..., inverse]
 
 
@@ -67,7 +71,7 @@ def product_rank(context: Context, node: fx.Node, left: Abstract, right: Abstrac
     dead_left = left.equals(0) if context.may_kill else None
     dead_right = right.equals(0) if context.may_kill else None
     if left.shape[-1] == 0:
-        return Abstract(torch.tensor(NOTHING, dtype=torch.int32).expand(tuple(shape)))
+        return Abstract(nothing(shape))
     first = masked_maximum(left.rank, None if dead_right is None else ~dead_right)
     second = masked_maximum(right.rank.mT, None if dead_left is None else ~dead_left.mT).mT
     rank = torch.maximum(first, second)
@@ -86,6 +90,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 @rule("mm", "bmm", "matmul")
 def _matmul(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(A B)``: see :func:`product_rank`."""
     return _product_of(context, node, args[0], args[1], _shape(node))
 
 
@@ -108,6 +113,7 @@ def _unsqueezed(value: Abstract, dim: int) -> Abstract:
 
 @rule("mv", "dot", "vdot", "inner")
 def _vector(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """Products of vectors, as matrices of one row or column."""
     left, right = args
     if len(right.shape) != 1 or len(left.shape) > 2:
         return context.give_up(node, args, kwargs)
@@ -116,6 +122,7 @@ def _vector(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict
 
 @rule("addmm", "baddbmm", "addbmm", "addmv")
 def _addmm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``max(r(base), r(A B))``; where the base is known to be -inf or inf, the sum is too."""
     base, left, right = args[:3]
     shape = _shape(node)
     if node.target is torch.ops.aten.addbmm.default:
@@ -132,11 +139,12 @@ def _addmm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     if known is None:
         return Abstract(rank)
     known = squash(known).expand(shape)
-    return Abstract(torch.where(known, NOTHING, rank), known, base.value.expand(shape), base.sources)
+    return Abstract(without(rank, known), known, base.value.expand(shape), base.sources)
 
 
 @rule("linear")
 def _linear(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``max(r(x W^T), r(bias))``."""
     source, weight = args[:2]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
     transposed = Abstract(
@@ -159,7 +167,7 @@ def _weight_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs:
     if max(tensor.highest for tensor in tensors_in(args)) >= 0:
         return context.give_up(node, args, kwargs)
     zero = direction.equals(0) if context.may_kill else None
-    weight = Abstract(torch.tensor(NOTHING, dtype=torch.int32).expand(shape))
+    weight = Abstract(nothing(shape))
     if zero is not None:
         context.kill(node, direction)
         blank = torch.zeros((), dtype=direction.value.dtype, device=direction.value.device).expand(shape)
@@ -169,6 +177,7 @@ def _weight_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs:
 
 @rule("einsum")
 def _einsum(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[o] = max over the summed letters of max over operands of r``, where no operand is a known zero."""
     equation, operands = args[0].replace(" ", ""), list(args[1])
     if "->" not in equation or "." in equation:
         return context.give_up(node, args, kwargs)
@@ -187,7 +196,7 @@ def _einsum(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict
         if zero is not None:
             context.kill(node, operand)
             dead = dead | squash(zero.permute(order)[where])
-    rank = torch.where(dead, NOTHING, rank)
+    rank = without(rank, dead)
     inner = tuple(range(len(output), len(letters)))
     if inner:
         rank = rank.amax(inner) if rank.dim() == len(letters) else rank
@@ -196,4 +205,5 @@ def _einsum(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict
 
 @rule("addcmul")
 def _addcmul(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``max(r(x), r(a), r(b))``, with broadcasting."""
     return pointwise(context, node, args, kwargs)

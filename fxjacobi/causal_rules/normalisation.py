@@ -32,6 +32,7 @@ def _results(spec: Spec, rank: torch.Tensor) -> Value:
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
 def _layer_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[..., i] = max_j r(x)[..., j]`` over the normalised dimensions, and what weight and bias rest on."""
     source, normalized = args[:2]
     dims = list(range(-len(normalized), 0))
     mixed = Abstract(reduced(source.rank, dims, keepdim=True))
@@ -41,6 +42,7 @@ def _layer_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: 
 
 @rule("native_group_norm", "group_norm")
 def _group_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[b, c, :] = max r(x)[b, c', :]`` over the channels of c's group and all places."""
     source = args[0]
     groups = argument(node, "group", args, kwargs) or argument(node, "num_groups", args, kwargs)
     shape = source.shape
@@ -60,6 +62,7 @@ def _group_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: 
     "_batch_norm_impl_index",
 )  # fmt: skip
 def _batch_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = r(x)`` with given statistics; ``r(y)[:, c] = max r(x)[:, c]`` with the batch's own."""
     source = args[0]
     name = str(node.target)
     training = argument(node, "training", args, kwargs)

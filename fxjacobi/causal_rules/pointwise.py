@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map
 
-from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, squash, unknown
+from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, constant, nothing, some, squash, unknown, without
 from fxjacobi.causal_rules.registry import Context, overloads, rule, tensors_in
 from fxjacobi.graph import TensorSpec, spec_of
 
@@ -56,10 +56,14 @@ def is_pointwise(target: object) -> bool:
 
 def maximum_rank(tensors: Sequence[Abstract], shape: Sequence[int]) -> torch.Tensor:
     """Return the elementwise maximum of the ranks, broadcast to ``shape`` (stride 0 kept)."""
-    rank = torch.tensor(NOTHING, dtype=torch.int32)
+    rank: torch.Tensor | None = None
     for tensor in tensors:
-        rank = torch.maximum(rank, squash(tensor.rank))
-    return rank.expand(tuple(shape))
+        one = squash(tensor.rank)
+        # Most operands are constants, parameters or scalars: a rank of -1 for all of them.
+        if one.numel() == 1 and int(one) == NOTHING:
+            continue
+        rank = one if rank is None else torch.maximum(rank, one)
+    return nothing(shape) if rank is None else rank.expand(tuple(shape))
 
 
 def pointwise(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
@@ -78,7 +82,7 @@ def pointwise(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: di
     for tensor in tensors:
         assert tensor.known is not None
         known = known & squash(tensor.known)
-    if not bool(known.any()):
+    if not some(known):
         return Abstract(rank)
     if node.target in _DIVISIONS:
         for tensor in tensors:
@@ -109,18 +113,26 @@ def select_by(
     for chosen, side in ((true, yes), (false, no)):
         if chosen is not None:
             chosen = squash(chosen)
-            rank = torch.where(chosen, squash(side.rank), squash(rank))
+            one = squash(side.rank)
+            if one.numel() == 1 and int(one) == NOTHING:
+                rank = without(squash(rank), chosen)
+            else:
+                rank = torch.where(chosen, one, squash(rank))
             if side.known is not None:
                 known = known | (chosen & squash(side.known))
     rank = rank.expand(shape)
-    if not bool(known.any()):
+    if not some(known):
         return Abstract(rank)
     device = next((one.value.device for one in (yes, no, choice) if one.value is not None), torch.device("cpu"))
     picked = squash(true).to(device) if true is not None else torch.tensor(False, device=device)
     zero = torch.zeros((), dtype=dtype, device=device)
-    left = squash(yes.value).to(dtype) if yes.value is not None else zero
-    right = squash(no.value).to(dtype) if no.value is not None else zero
-    value = torch.where(picked, left, right)
+    left = squash(yes.value).to(dtype) if yes.value is not None else None
+    right = squash(no.value).to(dtype) if no.value is not None else None
+    if left is None or right is None:
+        # What is known comes from one side.
+        value = left if left is not None else zero if right is None else right
+    else:
+        value = torch.where(picked, left, right)
     return Abstract(rank, known.expand(shape), value.expand(shape), choice.sources | yes.sources | no.sources)
 
 
@@ -128,11 +140,12 @@ def _as_abstract(item: object, dtype: torch.dtype) -> Abstract:
     if isinstance(item, Abstract):
         return item
     value = torch.tensor(item, dtype=dtype)
-    return Abstract(torch.tensor(NOTHING, dtype=torch.int32), torch.tensor(True), value)
+    return constant(value)
 
 
 @rule("where.self")
 def _where(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """See :func:`select_by`."""
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
     choice, yes, no = args
@@ -143,6 +156,7 @@ def _where(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
 
 @rule("masked_fill")
 def _masked_fill(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``where(mask, value, x)``: see :func:`select_by`."""
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
     base, mask, value = args
@@ -174,17 +188,16 @@ def _absorb(
         decided = squash(found)
         if known is not None:
             decided = decided & ~squash(known)
-        if not bool(decided.any()):
+        if known is not None and not some(decided):
             continue
         if spec.dtype.is_floating_point or spec.dtype.is_complex:
             context.kill(node, operand)
         else:
             context.read(operand)
-        rank = torch.where(decided, NOTHING, squash(rank)).expand(spec.shape)
+        rank = without(squash(rank), decided).expand(spec.shape)
         device = operand.value.device
-        old = torch.zeros((), dtype=spec.dtype, device=device) if value is None else squash(value)
         new = torch.tensor(result_value, dtype=spec.dtype, device=device)
-        value = torch.where(decided.to(device), new, old).expand(spec.shape)
+        value = (new if value is None else torch.where(decided.to(device), new, squash(value))).expand(spec.shape)
         known = (decided if known is None else decided | squash(known)).expand(spec.shape)
         sources = sources | operand.sources
     return Abstract(rank, known, value, sources)
@@ -192,11 +205,13 @@ def _absorb(
 
 @rule("mul", "multiply")
 def _mul(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``0 x = 0``."""
     return _absorb(context, node, args, kwargs, [(0, 0, 0), (1, 0, 0)])
 
 
 @rule("div", "divide", "true_divide")
 def _div(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``0 / x = 0``; a known zero divisor absorbs nothing."""
     divisor = args[1]
     if isinstance(divisor, Abstract) and divisor.equals(0) is not None:
         return pointwise(context, node, args, kwargs)
@@ -208,6 +223,7 @@ _INF = float("inf")
 
 @rule("add.Tensor", "add.Scalar")
 def _add(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``-inf + x = -inf``, ``inf + x = inf``."""
     if kwargs.get("alpha", 1) != 1 or not _floating(node):
         return pointwise(context, node, args, kwargs)
     ends = [(position, end, end) for position in (0, 1) for end in (-_INF, _INF)]
@@ -216,6 +232,7 @@ def _add(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
 
 @rule("sub.Tensor", "sub.Scalar")
 def _sub(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``-inf - x = -inf``, ``x - inf = -inf``, and with the signs turned."""
     if kwargs.get("alpha", 1) != 1 or not _floating(node):
         return pointwise(context, node, args, kwargs)
     ends = [(0, -_INF, -_INF), (0, _INF, _INF), (1, _INF, -_INF), (1, -_INF, _INF)]
@@ -229,16 +246,19 @@ def _floating(node: fx.Node) -> bool:
 
 @rule("logical_and", "bitwise_and.Tensor", "__and__.Tensor", operator.and_)
 def _and(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``False and x = False``."""
     return _absorb(context, node, args, kwargs, [(0, 0, 0), (1, 0, 0)])
 
 
 @rule("logical_or")
 def _or(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``True or x = True``."""
     return _absorb(context, node, args, kwargs, [(0, 1, 1), (1, 1, 1)])
 
 
 @rule("glu")
 def _glu(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = max(r(a), r(b))`` of the two halves along the dimension."""
     dim = args[1] if len(args) > 1 else -1
     first, second = args[0].rank.chunk(2, dim)
     spec = spec_of(node)
@@ -248,4 +268,5 @@ def _glu(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
 
 @rule("item", "_local_scalar_dense")
 def _item(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """A Python number is the same at every place: nothing may depend on a written position through it."""
     return context.give_up(node, args, kwargs) if args[0].highest >= 0 else unknown(())

@@ -63,6 +63,7 @@ def _like(spec: Spec, rank: torch.Tensor) -> Value:
     "kthvalue", "special_logsumexp",
 )  # fmt: skip
 def _reduce(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = max r(x)`` along the reduced dimensions."""
     if len(tensors_in((args, kwargs))) != 1:
         # max.other and min.other are pointwise.
         spec = spec_of(node)
@@ -89,11 +90,13 @@ def running(rank: torch.Tensor, dim: int) -> torch.Tensor:
 
 @rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "_cummax_helper")
 def _scan(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[i] = max_{j <= i} r(x)[j]`` along the dimension."""
     return _like(spec_of(node), running(args[0].rank, argument(node, "dim", args, kwargs)))
 
 
 @rule("sort", "sort.stable", "argsort", "msort", "topk")
 def _order(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y)[i] = max_j r(x)[j]`` along the dimension: any element may come to any place."""
     dim = argument(node, "dim", args, kwargs)
     if dim is None:
         dim = 0 if "msort" in str(node.target) else -1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +14,8 @@ from fxjacobi.graph import Spec, TensorSpec, spec_of
 
 if TYPE_CHECKING:
     from torch import fx
+
+    from fxjacobi.causal_rules.interval import Interval
 
 __all__ = ["Context", "Rule", "fill", "find_rule", "overloads", "rule", "tensors_in"]
 
@@ -25,13 +28,49 @@ class Context:
         top: Rank of an element that may depend on everything (``T - 1``).
         may_kill: Whether an absorbing constant (``0 * x``) may remove a dependence here; false inside inner loops,
             where the solver cannot check at run time that ``x`` was finite.
+        finite_masks: Whether bounds may show that finite attention masks exclude; if not, ``attends`` is set where they
+            might have been tried.
+        may_be_lenient: Whether those bounds may rest on how large normalisations are found to be at run time.
+        attends: Whether a softmax or a fused attention was met.
+        assumable: Placeholders whose elements may be taken to be no larger than a limit.
+        kills: Nodes at which an absorbing constant removed a dependence.
+        reads: Names of the constants that the outcome rests on.
+        limits: The limits that the outcome rests on: of a placeholder's elements, of the norms of another node's rows.
+        notes: What stood in the way of a better outcome, by node.
+        unknown_ops: Operations without a rule.
+        env: The values of the graph that is being interpreted.
+        intervals: What is known so far of how large its values are.
+        norms: Norms of weights, by the weight's identity and the dimension along which they were taken.
+        was_lenient: Whether the outcome rests on a lenient bound already, so that no other need be tried.
+        lenient: Whether normalisations are taken to be as large as in exact arithmetic, for the solver to check.
     """
 
     top: int
     may_kill: bool = True
+    finite_masks: bool = True
+    may_be_lenient: bool = True
+    attends: bool = False
+    assumable: Mapping[fx.Node, float] = field(default_factory=dict)
     kills: set[fx.Node] = field(default_factory=set)
     reads: set[str] = field(default_factory=set)
+    limits: dict[fx.Node, float] = field(default_factory=dict)
+    notes: dict[fx.Node, str] = field(default_factory=dict)
     unknown_ops: dict[fx.Node, str] = field(default_factory=dict)
+    env: Mapping[fx.Node, Value] | None = None
+    intervals: dict[tuple[fx.Node, bool], Interval | None] = field(default_factory=dict)
+    norms: dict[tuple[int, int], tuple[float, float, float]] = field(default_factory=dict)
+    was_lenient: bool = False
+    lenient: bool = False
+
+    @contextmanager
+    def within(self, env: Mapping[fx.Node, Value]) -> Iterator[None]:
+        """Interpret another graph, whose values are ``env``, for a while."""
+        outer = self.env, self.intervals, self.norms
+        self.env, self.intervals, self.norms = env, {}, {}
+        try:
+            yield
+        finally:
+            self.env, self.intervals, self.norms = outer
 
     def read(self, *values: Abstract) -> None:
         """Record that the outcome rests on the constants behind ``values``."""

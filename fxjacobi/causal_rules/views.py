@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from fxjacobi import ops
-from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, constant, squash
+from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, constant, nothing, some, squash, squash_equal
 from fxjacobi.causal_rules.registry import Context, overloads, rule, tensors_in
 from fxjacobi.graph import TensorSpec, spec_of
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-__all__ = ["MOVES", "VIEWS", "moved"]
+__all__ = ["MOVES", "RESHAPES", "VIEWS", "joined", "moved", "reshaped"]
 
 aten = torch.ops.aten
 
@@ -36,6 +36,9 @@ _SEVERAL = overloads(
     "split", "split_with_sizes", "unbind.int", "chunk", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk",
     "tensor_split", "split_copy", "split_with_sizes_copy", "unbind_copy.int",
 )  # fmt: skip
+
+RESHAPES: frozenset[object] = frozenset(_SHAPE)
+"""Views that keep the elements' order and say their shape."""
 
 VIEWS: frozenset[object] = frozenset([*_SHAPE, *_SINGLE, *_SEVERAL, operator.getitem])
 """Operations whose result is a selection of the elements of their first argument, fixed by the other arguments."""
@@ -66,32 +69,61 @@ def moved(operation: Callable[[torch.Tensor], Any], base: Abstract) -> Any:
 
 
 def reshaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Reshape, keeping stride 0 along dimensions that lead or trail both shapes."""
+    """Reshape, keeping stride 0 along dimensions that become others of stride 0 alone: a batch, merged with heads."""
     old = tuple(tensor.shape)
     if tensor.numel() == 0:
         return tensor.reshape(shape)
-    lead = 0
-    while lead < min(len(old), len(shape)) and old[lead] == shape[lead]:
-        lead += 1
-    trail = 0
-    while trail < min(len(old), len(shape)) - lead and old[-1 - trail] == shape[-1 - trail]:
-        trail += 1
-    small = tensor
-    kept = [*range(lead), *range(len(old) - trail, len(old))]
-    for dim in kept:
-        if small.stride(dim) == 0 and small.shape[dim] > 1:
-            small = small.narrow(dim, 0, 1)
-    middle = shape[lead : len(shape) - trail]
-    sizes = [*small.shape[:lead], *middle, *small.shape[len(old) - trail :]]
+    small, sizes = tensor, []
+    for first, last, begin, end in _groups(old, shape):
+        if all(old[dim] == 1 or tensor.stride(dim) == 0 for dim in range(first, last)):
+            for dim in range(first, last):
+                small = small.narrow(dim, 0, 1)
+            sizes += [1] * (end - begin)
+        else:
+            sizes += shape[begin:end]
     return small.reshape(sizes).expand(shape)
+
+
+_WORTH_A_LOOK = 1 << 18
+"""Ranks, beyond which comparing them costs more than carrying them along may."""
+
+
+def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    """Return the finest pairs of runs of dimensions, ``old[a:b]`` and ``new[c:d]``, of as many elements each."""
+    found = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first, begin, left, right = i, j, 1, 1
+        if i < len(old):
+            left, i = left * old[i], i + 1
+        if j < len(new):
+            right, j = right * new[j], j + 1
+        while left != right:
+            if left < right:
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+        found.append((first, i, begin, j))
+    return found
 
 
 @rule(*_SHAPE)
 def _reshape(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = reshape(r(x))``."""
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
-    result: Value = moved(lambda tensor: reshaped(tensor, spec.shape), args[0])
-    return result
+    result: Abstract = moved(lambda tensor: reshaped(tensor, spec.shape), args[0])
+    return Abstract(_split(args[0].shape, result.rank), result.known, result.value, result.sources)
+
+
+def _split(old: tuple[int, ...], rank: torch.Tensor) -> torch.Tensor:
+    """Give stride 0 back to a batch that was merged with positions and is now apart again: its ranks are all equal."""
+    if squash(rank).numel() > _WORTH_A_LOOK:
+        return rank
+    for first, last, begin, end in _groups(old, tuple(rank.shape)):
+        if last - first == 1 and end - begin > 1:
+            rank = squash_equal(rank, range(begin, end))
+    return rank
 
 
 def _as_float(target: object, tensor: torch.Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -106,6 +138,7 @@ def _as_float(target: object, tensor: torch.Tensor, rest: tuple[Any, ...], kwarg
 
 @rule(*_SINGLE, *_SEVERAL)
 def _move(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = view(r(x))``: the operation itself, run on ranks, knowledge and values."""
     if len(tensors_in((args, kwargs))) != 1:
         plain = tree_map(lambda item: item.rank if isinstance(item, Abstract) else item, args[1:])
         result: Value = moved(lambda tensor: node.target(tensor, *plain, **kwargs), args[0])  # type: ignore[operator]
@@ -116,18 +149,21 @@ def _move(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 
 @rule(*_REORDERS)
 def _reorder(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = operation(r(x))`` for operations that copy elements to other places."""
     result: Value = moved(lambda tensor: _as_float(node.target, tensor, args[1:], kwargs), args[0])
     return result
 
 
 @rule(operator.getitem)
 def _getitem(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """One result of several."""
     result: Value = args[0][args[1]]
     return result
 
 
 @rule(ops.restride)
 def _restride(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = r(x)``: only the layout changes."""
     value: Value = args[0]
     return value
 
@@ -150,6 +186,7 @@ def joined(tensors: list[Abstract], join: Callable[[list[torch.Tensor]], torch.T
 
 @rule("cat", "concat", "stack")
 def _cat(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = cat(r(x_1), ..., r(x_n))``."""
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
     # cat skips empty one-dimensional tensors of any neighbour's shape, an old exception of its own.
@@ -178,6 +215,7 @@ def _padded(base: torch.Tensor, pad: list[int], fill: float) -> torch.Tensor:
 
 @rule("constant_pad_nd", "pad")
 def _pad(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = pad(r(x), -1)``; a constant border is known."""
     base, pad = args[0], list(args[1])
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
@@ -203,12 +241,13 @@ def _pad(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     if base.known is None or base.value is None:
         known = ~small(torch.ones((), dtype=torch.bool).expand(base.shape), False)
         value = torch.full((), fill, dtype=spec.dtype).expand(spec.shape)
-        return Abstract(rank, known, value) if bool(squash(known).any()) else Abstract(rank)
+        return Abstract(rank, known, value) if some(squash(known)) else Abstract(rank)
     return Abstract(rank, small(base.known, True), small(base.value, fill), base.sources)
 
 
 @rule("tril", "triu")
 def _triangle(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = r(x)`` inside the triangle; outside it is a known 0."""
     base = args[0]
     diagonal = args[1] if len(args) > 1 else kwargs.get("diagonal", 0)
     spec = spec_of(node)
@@ -225,6 +264,7 @@ def _triangle(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: di
 
 @rule("select_scatter", "slice_scatter", "diagonal_scatter")
 def _scatter_view(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = scatter(r(x), r(src))``."""
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
     assert callable(node.target)
@@ -234,6 +274,7 @@ def _scatter_view(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs
 
 @rule(ops.write)
 def _write(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """``r(y) = write(r(x), r(value), index)``."""
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
     return joined(list(args[:2]), lambda pair: ops.write(pair[0], pair[1], args[2]), spec.dtype)
@@ -247,6 +288,7 @@ _LIKE = overloads("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones
 
 @rule(*_CREATORS)
 def _create(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """Known in full."""
     if tensors_in((args, kwargs)):
         return context.give_up(node, args, kwargs)
     assert callable(node.target)
@@ -255,6 +297,7 @@ def _create(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict
 
 @rule(*_LIKE)
 def _create_like(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """Known in full: only the shape of the argument counts."""
     if len(tensors_in((args, kwargs))) != 1:
         return context.give_up(node, args, kwargs)
     source = node.args[0]
@@ -267,6 +310,7 @@ def _create_like(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs:
 
 @rule("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 def _empty(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """Whatever lies in memory: nothing that was written, and nothing known."""
     spec = spec_of(node)
     assert isinstance(spec, TensorSpec)
-    return Abstract(torch.tensor(NOTHING, dtype=torch.int32).expand(spec.shape))
+    return Abstract(nothing(spec.shape))

@@ -23,7 +23,7 @@ from fxjacobi.device.solve_form import SolveForm, SolveSession
 from fxjacobi.loops import Carried, Invariant, Literal
 from fxjacobi.methods.chunked import Chunked
 from fxjacobi.methods.settle import errors_to_come, floors, leading, observed_gains
-from fxjacobi.timing import interleaved
+from fxjacobi.timing import interleaved, once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +40,9 @@ __all__ = ["ChunkedForm"]
 
 _OPERATIONS = 65536
 """Operations that the graph of one sweep may hold."""
+
+_LONG_S = 2e-4
+"""Seconds of a sweep from which on its flag is waited for: of two sweeps a third in vain is more than a round trip."""
 
 
 class ChunkedForm(SolveForm):
@@ -71,6 +74,7 @@ class ChunkedForm(SolveForm):
             return refused
         if self.fuses:
             self.fusing = session.fuse()
+        session.lag = 0 if once(session.sweep.replay)[1] > _LONG_S else 1
         return session
 
 
@@ -139,6 +143,7 @@ class _ChunkedSession(SolveSession):
         self.rows = _Rows(self.system, self.starts, length)
         warm = max(self.system.reach, min(form.warm_up, self.starts[1])) if form.warm_up else 0
         self.warm = _Rows(self.system, [max(0, s - warm) for s in self.starts[1:]], warm) if warm else None
+        self.lag = 1
         self.warm_heads: list[torch.Tensor] = []
         self.heads = [torch.empty_like(head) for head in self._heads(self.system.base(), self.starts)]
         flags = 2 * self.count + (self.count - 1 if self.warm else 0)
@@ -250,7 +255,7 @@ class _ChunkedSession(SolveSession):
 
     @override
     def solve(self) -> tuple[tuple[Any, ...], Solution] | None:
-        late = Late(self.reader)
+        late = Late(self.reader, self.lag)
         progress = _Progress(self)
         self.begin.replay()
         bound = self.count if self.contract.max_sweeps is None else min(self.contract.max_sweeps, self.count)

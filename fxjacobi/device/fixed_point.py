@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from fxjacobi.certificate import Certificate, Solution
 from fxjacobi.device.form import DeviceForm, Session
+from fxjacobi.device.operands import copied
 from fxjacobi.device.runner import Captured, Late, Refused
 from fxjacobi.device.state import CarriedState
 from fxjacobi.loops import Step
@@ -117,7 +118,7 @@ class _FixedPointSession(Session):
                 break
         while late.pending:
             late.take()
-        return tuple(output.clone() for output in outputs), solution
+        return tuple(copied(output) for output in outputs), solution
 
     def _save(self) -> None:
         torch._foreach_copy_(self._saved, self._state.buffers)

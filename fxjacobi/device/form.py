@@ -126,6 +126,9 @@ class DeviceForm(ABC):
             return Refused("its captured programs do not fit in memory")
         except NotCapturableError as error:
             return Refused(str(error))
+        except Exception as error:  # noqa: BLE001 - the uncaptured results are right; a fault must not take them away
+            _log.exception("the device form of a block failed")
+            return Refused(f"its device form failed ({type(error).__name__}: {error}); please report this")
         if solved is not None and self._compare and not _equal(solved[0], wanted):
             return Refused("its captured programs give other bits than the operations one by one")
         self._sessions.append(session)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from fxjacobi.graph import TensorSpec
+from fxjacobi.graph import TensorSpec, is_random
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["indexes_by_guess", "may_assert"]
+__all__ = ["draws", "indexes_by_guess", "may_assert"]
 
 aten = torch.ops.aten
 
@@ -51,6 +51,11 @@ def _calls(module: fx.GraphModule) -> Iterable[tuple[fx.GraphModule, fx.Node]]:
 def may_assert(module: fx.GraphModule) -> bool:
     """Whether some operation of ``module``, or of what it calls, can fail inside a kernel for the values it is given."""
     return any(_name(node) in _INDEX or _name(node) in _DOMAIN for _, node in _calls(module))
+
+
+def draws(module: fx.GraphModule) -> bool:
+    """Whether ``module``, or what it calls, draws random numbers: running it once more would change the caller's sample."""
+    return any(is_random(node) for _, node in _calls(module))
 
 
 def indexes_by_guess(module: fx.GraphModule, guesses: Iterable[fx.Node]) -> str | None:

@@ -13,7 +13,7 @@ from fxjacobi.device.runner import Refused
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-__all__ = ["ALIGNMENT", "StaticOperands", "layout_of", "phase_of", "static_like"]
+__all__ = ["ALIGNMENT", "StaticOperands", "copied", "layout_of", "phase_of", "static_like"]
 
 ALIGNMENT = 64
 """Bytes: kernels are chosen by how operands are aligned, so a static buffer is aligned as what it stands for is."""
@@ -51,6 +51,18 @@ def static_like(tensor: torch.Tensor) -> torch.Tensor | None:
     skipped = phase_of(tensor) // tensor.element_size()
     memory = torch.empty(skipped + span, dtype=tensor.dtype, device=tensor.device)
     return memory.as_strided(tensor.shape, tensor.stride(), skipped)
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor's values in memory of their own, with its strides: what comes next may round by them."""
+    copy = tensor.clone()
+    if copy.stride() == tensor.stride():
+        return copy
+    strided = static_like(tensor)
+    if strided is None:
+        return copy
+    _memory_of(strided).copy_(_memory_of(tensor))
+    return strided
 
 
 def _memory_of(tensor: torch.Tensor) -> torch.Tensor:

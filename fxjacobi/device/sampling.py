@@ -23,6 +23,7 @@ from fxjacobi.certificate import Certificate, Solution
 from fxjacobi.constants import constant
 from fxjacobi.device.flags import read
 from fxjacobi.device.form import DeviceForm, Session
+from fxjacobi.device.operands import copied
 from fxjacobi.device.runner import Captured, Late, Refused
 from fxjacobi.device.state import bits_of
 from fxjacobi.emit import dense_stride
@@ -290,9 +291,9 @@ class _SamplingSession(Session):
                     results.append(torch.stack([self._version(step, versions[node]) for step in range(self.total)]))
                 case Step(_, step):
                     one = ends[self.block.parts.ends.index(node)][step] if isinstance(node, fx.Node) else node
-                    results.append(one.clone() if isinstance(one, torch.Tensor) else one)
+                    results.append(copied(one) if isinstance(one, torch.Tensor) else one)
                 case Stacked(_):
-                    results.append(ends[self.block.parts.ends.index(node)].clone())
+                    results.append(copied(ends[self.block.parts.ends.index(node)]))
         return tuple(results)
 
     def _version(self, step: int, version: int) -> torch.Tensor:

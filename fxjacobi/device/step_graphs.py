@@ -22,8 +22,8 @@ from fxjacobi.certificate import Certificate, Solution
 from fxjacobi.device.block_input import BlockInput, pace, places
 from fxjacobi.device.flags import read
 from fxjacobi.device.form import DeviceForm, Forms, Session
-from fxjacobi.device.hazards import may_assert
-from fxjacobi.device.operands import ALIGNMENT
+from fxjacobi.device.hazards import draws, may_assert
+from fxjacobi.device.operands import ALIGNMENT, copied
 from fxjacobi.device.runner import Captured, Refused, runner_for
 from fxjacobi.device.state import CarriedState
 from fxjacobi.emit import rebuilt, tensors_of
@@ -124,7 +124,9 @@ class StepForm(DeviceForm):
         self.operations = operations
         self.steps, self.whole = 0, False
         self.body, self.guards = _without_guards(loop.body)
-        if self.guards is None:
+        if draws(loop.body):
+            self.refused = Refused("it draws random numbers step by step")
+        elif self.guards is None:
             self.refused = Refused("a guard in its body is not of one number a step")
         elif self.guards and may_assert(loop.body):
             self.refused = Refused("a guard in its body keeps what follows from failing on the device")
@@ -309,7 +311,7 @@ class _Found:
         for output in picked:
             if (output, step) in self._wanted:
                 value = outputs[output]
-                self._single[output, step] = value.clone() if isinstance(value, torch.Tensor) else value
+                self._single[output, step] = copied(value) if isinstance(value, torch.Tensor) else value
 
     def add_block(self, start: int, count: int, outputs: Sequence[torch.Tensor], session: _StepSession) -> None:
         whole = len(session.stacked)
@@ -318,7 +320,7 @@ class _Found:
         for place, inner in enumerate(session.returned):
             for column, output in enumerate(session.picked):
                 if (output, start + inner) in self._wanted:
-                    self._single[output, start + inner] = outputs[whole + place * len(session.picked) + column].clone()
+                    self._single[output, start + inner] = copied(outputs[whole + place * len(session.picked) + column])
 
     def check(self, guards: Sequence[fx.Node], first: int, loop: Loop) -> None:
         """Compare the guarded values of all steps with those of the recorded run, read at once."""

@@ -78,6 +78,7 @@ class Chunked(Method):
         except torch.OutOfMemoryError:
             if len(chunks.starts) == 1:
                 raise
+            system.rows_limit = min(system.rows_limit, (len(chunks.starts) + 1) // 2)
             return _started(system, iterate.states, min(system.steps, 2 * chunks.length), 0)
         states = _assembled(system, chunks, found, iterate.states)
         before = tuple((iterate.others or {}).get(o, v) for o, v in zip(system.others, others, strict=True))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import fxjacobi
+from fxjacobi.methods import Base, Contract, Jacobi
+from fxjacobi.solve import TrialError, solve_system
+from fxjacobi.system import System
+from fxjacobi.testing.recurrences import gru
 from fxjacobi.verify import equal
 
 if TYPE_CHECKING:
@@ -129,6 +136,101 @@ def test_candidates_are_shown() -> None:
     assert rows[0].method == "sequential"
     assert rows[0].seconds is not None
     assert len(rows) > 1
+
+
+def test_the_plan_shows_time_and_sweeps_and_what_another_contract_would_gain(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run, xs = _rnn(nn.GRUCell(4, 32)), torch.randn(400, 1, 4)
+    with torch.no_grad():
+        compiled = fxjacobi.compile(run, rtol=1e-4, measure=False)
+        compiled(xs)
+        shown = str(compiled.plan)
+        assert re.search(r"recurrence_\d: sequential: [\d.]+ ms, the ordinary order", shown)
+        assert re.search(r"recurrence_\d: chunked\(\d+.*\): [\d.]+ ms, \d+ sweeps", shown)
+        compiled.plan.to_html(tmp_path / "plan.html")
+        assert re.search(r"<li>recurrence_\d: chunked", (tmp_path / "plan.html").read_text())
+        exact = fxjacobi.compile(run, measure=False)
+        exact(xs)
+    for line in exact.plan.would_gain:  # whether it would gain depends on the machine; what is said does not
+        assert re.fullmatch(r"exact: sequential; at rtol=1e-5: [a-z_]+(\(.*\))?, [\d.]+x on this block", line)
+        assert line in str(exact.plan)
+
+
+def test_what_another_contract_would_gain_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the loop in order is said to take long."""
+    monkeypatch.setattr("fxjacobi.choose._sequential_s", lambda *_: 0.1)
+    with torch.no_grad():
+        compiled = fxjacobi.compile(_rnn(nn.GRUCell(4, 8)), measure=False, budget_s=20.0)
+        compiled(torch.randn(100, 1, 4))
+    (line,) = compiled.plan.would_gain
+    assert re.fullmatch(r"exact: sequential; at rtol=1e-5: chunked\(.*\), [\d.]+x on this block", line)
+
+
+def test_measuring_is_bounded_and_shows_a_bar_when_it_lasts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, xs = _rnn(nn.GRUCell(4, 8)), torch.randn(100, 1, 4)
+    monkeypatch.setattr("fxjacobi.progress.Console", lambda **_: Console(force_terminal=True, stderr=True, width=80))
+    for silent, shown in ((3600.0, False), (0.0, True)):
+        monkeypatch.setattr("fxjacobi.choose._SILENT_S", silent)
+        with torch.no_grad():
+            compiled = fxjacobi.compile(run, rtol=1e-4, measure=False, budget_s=0.0)
+            compiled(xs)
+        assert ("measuring methods" in capsys.readouterr().err) == shown
+    rows = [c for b in compiled.plan.blocks for c in b.candidates]
+    assert rows
+    assert all("budget was spent" in c.note for c in rows if c.method != "sequential")
+
+
+def test_a_trial_ends_in_time_and_completes_nothing() -> None:
+    recurrence = gru(100, 1, 8)
+    system = System(recurrence.loop, recurrence.operands)
+    late = Contract(rtol=1e-5, trial_until=0.0)
+    with pytest.raises(TrialError, match="takes too long"):
+        solve_system(system, Jacobi(), late, Base())
+    diverging = Contract(rtol=1e-5, max_sweeps=2, trial_until=math.inf)
+    with pytest.raises(TrialError, match="do not converge"):
+        solve_system(system, Jacobi(), diverging, Base())
+    assert solve_system(system, Jacobi(), Contract(rtol=1e-5, trial_until=math.inf), Base()).solution.completed == 0
+
+
+def test_planning_reports_no_error_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that measures ends by an exception; torch's report of one would import torch.compile, for seconds."""
+
+    def reported(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("reported")
+
+    monkeypatch.setattr("torch.fx.interpreter.trace_structured", reported)
+    with torch.no_grad():
+        compiled = fxjacobi.compile(_rnn(nn.GRUCell(4, 8)), measure=False, strict=True)
+        compiled(torch.randn(100, 1, 4))
+    assert any(b.candidates for b in compiled.plan.blocks)
+
+
+@pytest.mark.parametrize("decay", [0.2, 0.9, 0.97])
+def test_sizes_come_from_the_measured_contraction(decay: float) -> None:
+    def run(xs: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros(2, 4)
+        rows = []
+        for t in range(xs.shape[0]):
+            h = torch.tanh(decay * h + xs[t])
+            rows.append(h)
+        return torch.stack(rows)
+
+    xs, sizes = 1e-3 * torch.randn(300, 2, 4), {}
+    # A unit deviate, e^-n after n / -log(decay) steps, has to come down to 1e-5 of states of some 1e-3.
+    wanted = math.log(1e-8) / math.log(decay)
+    with torch.no_grad():
+        for method in ("chunked", "windowed"):
+            compiled = fxjacobi.compile(run, rtol=1e-5, method=method, measure=False)
+            compiled(xs)
+            (block,) = [b for b in compiled.plan.blocks if b.method.startswith(method)]
+            sizes[method] = int(re.findall(r"\d+", block.method)[0])
+            torch.testing.assert_close(compiled(xs), run(xs), rtol=0, atol=1e-6)
+    assert sizes["windowed"] <= 300
+    if 4 * wanted < 300:
+        assert wanted / 2 < sizes["windowed"] / 2 < 2 * wanted
+        assert wanted / 2 < sizes["chunked"] < 4 * wanted
 
 
 def test_a_saved_plan_is_followed_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,8 +71,8 @@ def sample_tokens(model: nn.Module, n: int) -> torch.Tensor:
     return x
 
 
-def _same_samples(sample: Callable[..., torch.Tensor], *args: Any) -> fxjacobi.SolvedModule:
-    compiled = fxjacobi.compile(sample, measure=False)
+def _same_samples(sample: Callable[..., torch.Tensor], *args: Any, **options: Any) -> fxjacobi.SolvedModule:
+    compiled = fxjacobi.compile(sample, measure=False, **options)
     for seed in range(4):
         torch.manual_seed(seed)
         found = compiled(*args)
@@ -118,3 +118,68 @@ def test_a_transformer_is_collapsed_with_its_layers_rolled_or_not(layers: int) -
     compiled = _same_samples(sample_tokens, Transformer(layers), 3)
     assert Kind.WRITES in _kinds(compiled)
     assert max(b.sweeps for b in compiled.report.blocks if b.method == "jacobi") < STEPS
+
+
+@pytest.mark.parametrize(("options", "method"), [
+    ({"method": "windowed"}, "jacobi (window of 6)"), ({"method": "jacobi"}, "jacobi"),
+    ({"memory_limit": 500}, "jacobi (window of 5)"), ({"method": "windowed", "memory_limit": 1}, "jacobi (window of 1)"),
+])  # fmt: skip
+def test_a_window_is_asked_for_or_follows_from_memory(options: dict[str, Any], method: str) -> None:
+    compiled = _same_samples(sample_reals, made(), 5, **options)
+    (block,) = [b for b in compiled.plan.blocks if b.kind is Kind.WRITES]
+    assert block.method == method
+    (report,) = [b for b in compiled.report.blocks if b.method == method]
+    assert report.prefixes[-1] == STEPS
+
+
+def test_the_ordinary_order_may_be_asked_for() -> None:
+    compiled = _same_samples(sample_reals, made(), 5, method="sequential")
+    assert Kind.WRITES not in _kinds(compiled)
+    assert any("was asked for" in b.reason for b in compiled.plan.blocks)
+
+
+@torch.no_grad()
+def sample_inpainted(model: nn.Module, image: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    x = torch.where(known, image, torch.zeros(()))
+    for t in range(STEPS):
+        mean, logscale = model(x).chunk(2, -1)
+        drawn = mean[:, t] + logscale[:, t].exp() * torch.rand(len(x)).logit()
+        x[:, t] = torch.where(known[:, t], image[:, t], drawn)
+    return x
+
+
+def test_samples_that_are_final_are_left_out() -> None:
+    known = torch.rand(32, STEPS) < 0.95
+    known[::8] = False  # a few images are not known at all
+    compiled = _same_samples(sample_inpainted, made(), torch.randn(32, STEPS), known)
+    (block,) = [b for b in compiled.report.blocks if b.active]
+    assert block.active[0] == block.active[-1] == 32
+    assert min(block.active) <= 8
+    assert len(block.active) == block.sweeps == len(block.prefixes)
+
+
+@torch.no_grad()
+def sample_until_end(model: nn.Module, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    n = noise.shape[1]
+    x = torch.zeros(n, STEPS, dtype=torch.long)
+    ended, last = torch.zeros(n, dtype=torch.bool), torch.ones(n, dtype=torch.long)
+    for t in range(STEPS):
+        scores = 30 * model(x)[:, t] + noise[t] + F.one_hot(last, 5)
+        last = torch.where(ended, torch.zeros_like(last), scores.argmax(-1))
+        ended = ended | (last == 0)
+        x[:, t] = last
+    return x, ended
+
+
+@pytest.mark.parametrize("method", ["auto", "windowed"])
+def test_what_a_step_hands_on_belongs_to_a_sample_too(method: str) -> None:
+    noise = torch.randn(STEPS, 24, 5, generator=torch.Generator().manual_seed(0)) * 2
+    noise[0, 4:, 0] = 500.0  # most sequences end at once
+    model = Transformer(2)
+    compiled = fxjacobi.compile(sample_until_end, measure=False, method=method)
+    for scale in (1.0, 0.5, 2.0):
+        for a, b in zip(compiled(model, noise * scale), sample_until_end(model, noise * scale), strict=True):
+            assert equal(a, b)
+    (block,) = [b for b in compiled.report.blocks if b.active]
+    assert block.sweeps <= STEPS + 1 or method == "windowed"
+    assert method == "windowed" or min(block.active) < 24

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 import fxjacobi
@@ -75,3 +76,94 @@ def test_a_scan_that_draws() -> None:
             wanted = run(*args)
             assert equal(found[0], wanted[0])
             assert equal(found[1], wanted[1])
+
+
+def test_the_first_value_of_a_carry_read_otherwise_is_no_carry() -> None:
+    """Starting again from it, where data say so: on the recorded data nothing shows that it is not the carry."""
+
+    def run(xs: torch.Tensor, again: torch.Tensor, h0: torch.Tensor) -> torch.Tensor:
+        def step(h: torch.Tensor, each: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            x, starts = each
+            h = torch.where(starts, h0, torch.tanh(0.5 * h + x))
+            return h, h
+
+        return fxjacobi.scan(step, h0, (xs, again))[1]
+
+    never, once = torch.zeros(40, 2, 1, dtype=torch.bool), torch.zeros(40, 2, 1, dtype=torch.bool)
+    once[20] = True
+    rows = torch.randn(9, 2, 4)
+    with torch.no_grad():
+        # Dense and aligned; expanded; starting between multiples of 64 bytes.
+        for h0 in (torch.randn(2, 4), torch.randn(1, 4).expand(2, 4), rows[1]):
+            compiled = fxjacobi.compile(run, measure=False)
+            xs = torch.randn(40, 2, 4)
+            compiled(xs, never, h0)
+            for flags in (never, once):
+                assert torch.equal(compiled(xs, flags, h0), run(xs, flags, h0))
+                assert compiled.report.solved
+
+
+@pytest.mark.parametrize("layout", ["steps first", "batch first", "expanded"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_first_slice_read_otherwise_is_no_slice(layout: str, reverse: bool) -> None:
+    def run(xs: torch.Tensor, again: torch.Tensor) -> torch.Tensor:
+        if layout == "batch first":
+            xs = xs.transpose(0, 1)
+        elif layout == "expanded":
+            xs = xs[:, :1].expand(40, 2, 4)
+
+        def step(h: torch.Tensor, each: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            x, starts = each
+            h = torch.where(starts, xs[-1 if reverse else 0], torch.tanh(0.5 * h + x))
+            return h, h
+
+        return fxjacobi.scan(step, torch.zeros(2, 4), (xs, again), reverse=reverse)[1]
+
+    never, once = torch.zeros(40, 2, 1, dtype=torch.bool), torch.zeros(40, 2, 1, dtype=torch.bool)
+    once[20] = True
+    xs = torch.randn(2, 40, 4) if layout == "batch first" else torch.randn(40, 2, 4)
+    with torch.no_grad():
+        compiled = fxjacobi.compile(run, measure=False)
+        compiled(xs, never)
+        for flags in (never, once):
+            assert torch.equal(compiled(xs, flags), run(xs, flags))
+            assert compiled.report.solved
+    assert sum("scan" in n.name for n in compiled.stages["capture"].graph.nodes) == 1
+
+
+def test_two_carries_with_the_same_first_value() -> None:
+    def run(xs: torch.Tensor) -> torch.Tensor:
+        def step(
+            state: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor
+        ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+            h, c = state
+            c = 0.5 * c + x
+            h = torch.tanh(0.5 * h + c)
+            return (h, c), h
+
+        start = torch.zeros(2, 4)
+        return fxjacobi.scan(step, (start, start), xs)[1]
+
+    with torch.no_grad():
+        compiled = fxjacobi.compile(run, measure=False)
+        for _ in range(3):
+            xs = torch.randn(40, 2, 4)
+            assert torch.equal(compiled(xs), run(xs))
+        assert compiled.report.solved
+
+
+def test_a_step_that_writes_to_its_carry_in_place() -> None:
+    def run(xs: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        def step(h: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h.mul_(0.5).add_(x)
+            return h, h.clone()
+
+        return fxjacobi.scan(step, start, xs)[1]
+
+    with torch.no_grad():
+        compiled = fxjacobi.compile(run, measure=False)
+        for _ in range(3):
+            xs, start = torch.randn(40, 2, 4), torch.randn(2, 4)
+            mine, other = start.clone(), start.clone()
+            assert torch.equal(compiled(xs, mine), run(xs, other))
+            assert torch.equal(mine, other)

@@ -94,3 +94,18 @@ def test_a_recurrence_is_refused() -> None:
     loop = make_loop(lambda x: (aten.exp.default(x),), 4, [Carried(0, 1, (0,))], [Step(0, 3)], [h])
     with pytest.raises(PassError, match="depend on one another"):
         BatchedMap(loop, loop.body, "")
+
+
+def test_a_maps_constants_are_made_once_and_never_handed_out() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    made = graph.call_function(numbers, ((1.0, 2.0, 3.0), (3, 1), x))
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (x, made)), made))
+    loop = make_loop(lambda x: (x, x), 3, [Scanned(0, 0, range(3))], [Stacked(0), Stacked(1)], [torch.zeros(3, 2)])
+    block = BatchedMap(loop, fx.GraphModule({}, graph), "")
+    added, constant = block(torch.zeros(3, 2))
+    assert added.tolist() == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+    assert len(block._constants) == 1
+    constant.zero_()  # the caller's to write to
+    assert torch.equal(block(torch.zeros(3, 2))[0], added)
+    assert len(block._constants) == 1

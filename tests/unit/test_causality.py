@@ -119,6 +119,15 @@ def test_a_leaking_mask_entry_names_the_element_and_the_layer() -> None:
     assert refusal.op == "aten.addmm.default"
 
 
+def test_a_refusal_need_not_be_explained() -> None:
+    sampling = loop_of(FirstHalf(8), torch.zeros(2, 8), shift=1)
+    refusal = prove(sampling.loop, sampling.known, thorough=False)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.element, refusal.step, refusal.rank) == ((0, 0), 0, 0)
+    assert refusal.node is None
+    assert "written at step 0, depends on step 0" in str(refusal)
+
+
 @pytest.mark.parametrize(
     ("net", "op"),
     [
@@ -259,7 +268,7 @@ def time_ranks(batch: int, length: int, width: int) -> torch.Tensor:
     return torch.arange(length, dtype=torch.int32)[None, :, None].expand(batch, length, width)
 
 
-def test_fused_encoder_layers_keep_causality() -> None:
+def test_encoder_layers_keep_causality() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     mask = nn.Transformer.generate_square_subsequent_mask(5)
     x = torch.randn(2, 5, 8)
@@ -269,6 +278,32 @@ def test_fused_encoder_layers_keep_causality() -> None:
     open_mask[1, 3] = 0
     found = ranks(lambda x, m: layer(x, src_mask=m), time_ranks(2, 5, 8), x, open_mask)
     assert found.rank[0, :, 0].tolist() == [0, 3, 2, 3, 4]
+
+
+@pytest.mark.parametrize("low", [float("-inf"), -1e9, -1e4, -1.0])
+@pytest.mark.parametrize("kind", ["layer", "attention"])
+def test_fused_encoder_layers_take_any_mask_for_a_bool(low: float, kind: str) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    attention = layer.self_attn
+    weights = (attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias)
+    norms = (layer.norm1.weight, layer.norm1.bias, layer.norm2.weight, layer.norm2.bias)
+    dense = (layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias)
+
+    def run(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if kind == "layer":
+            out: torch.Tensor = torch._transformer_encoder_layer_fwd(
+                x, 8, 2, *weights, False, False, 1e-5, *norms, *dense, mask, 0
+            )
+        else:
+            out = torch._native_multi_head_attention(x, x, x, 8, 2, *weights, mask, False, True, 0)[0]
+        return out
+
+    mask, x = torch.full((5, 5), low).triu(1), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        assert torch.equal(run(x, mask), run(x, mask != 0))
+    assert torch.equal(ranks(run, time_ranks(2, 5, 8), x, mask).rank, time_ranks(2, 5, 8))
+    mask[1, 3] = 0
+    assert ranks(run, time_ranks(2, 5, 8), x, mask).rank[0, :, 0].tolist() == [0, 3, 2, 3, 4]
 
 
 def test_multi_head_attention_with_weights_and_without() -> None:

@@ -41,9 +41,12 @@ def walks(draw: st.DrawFn) -> tuple[Loop, list[torch.Tensor]]:
 def test_results_are_those_of_the_full_run(walk: tuple[Loop, list[torch.Tensor]]) -> None:
     loop, operands = walk
     block = FixedPoint(loop)
-    assert equal_results(block(*operands), loop(*operands))
+    found = block(*operands)
+    assert equal_results(found, loop(*operands))
     assert block.last is not None
     assert block.last.sweeps <= loop.trip_count
+    ordinary, mine = ([r.data_ptr() for r in results] for results in (loop(*operands), found))
+    assert [mine.index(p) for p in mine] == [ordinary.index(p) for p in ordinary], "results share memory"
 
 
 def cycle(length: int, tail: int, trip_count: int, *results: Result) -> tuple[Loop, list[torch.Tensor]]:

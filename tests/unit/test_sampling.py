@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxjacobi import ops
-from fxjacobi import sampling as module
+from fxjacobi import sampling_solve as module
 from fxjacobi.causal_rules.interpreter import operand_value
 from fxjacobi.causality import CausalityProof, prove
 from fxjacobi.certificate import Certificate
@@ -162,9 +162,9 @@ def test_an_infinite_guess_is_reset_and_the_answer_is_finite() -> None:
 
 def test_without_resetting_an_infinite_guess_would_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = guess_overflows()
-    monkeypatch.setattr(module._Solve, "_reset", lambda *_, **__: False)
+    monkeypatch.setattr(module.SamplingSolve, "_reset", lambda *_, **__: False)
     monkeypatch.setattr(module, "_any_nan", lambda flags: False)
-    monkeypatch.setattr(module._Solve, "holds", lambda self: True)
+    monkeypatch.setattr(module.SamplingSolve, "holds", lambda self: True)
     _, found = solve(sampling)
     assert not same(found, sampling.ordinary())
 
@@ -219,7 +219,7 @@ def test_a_finite_guess_that_overflows_inside_the_network_is_noticed(monkeypatch
     assert block.last.certificate is not Certificate.NOT_FINITE
     # The flag is what notices it: without it, a NaN that a comparison swallows would be taken for an answer.
     monkeypatch.setattr(module, "_any_nan", lambda flags: False)
-    monkeypatch.setattr(module._Solve, "holds", lambda self: True)
+    monkeypatch.setattr(module.SamplingSolve, "holds", lambda self: True)
     _, blind = solve(sampling)
     assert not same(blind, wanted)
 
@@ -391,7 +391,8 @@ def test_gradients_run_the_loop_in_order() -> None:
     assert block.last.certificate is Certificate.SEQUENTIAL
 
 
-def test_a_python_value_at_each_step_has_no_window() -> None:
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_a_python_value_at_each_step(window: int | None) -> None:
     net, tensors = recorded(made(6, 16), torch.zeros(2, 6))
 
     def body(x: Any, t: Any, temperature: Any, n: Any, *weights: Any) -> Any:
@@ -400,10 +401,55 @@ def test_a_python_value_at_each_step_has_no_window() -> None:
 
     literals: list[Any] = [range(6), [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]]
     sampling = sampling_loop(body, torch.zeros(2, 6), literals, torch.randn(6, 2), tensors)
-    _, found = solve(sampling)
+    _, found = solve(sampling, window=window)
     assert same(found, sampling.ordinary())
-    with pytest.raises(ValueError, match="no window"):
-        solve(sampling, window=3)
+
+
+class Greedy(nn.Module):
+    """A tail that has memory for a few steps only."""
+
+    def __init__(self, tail: nn.Module, steps: int, most: int) -> None:
+        super().__init__()
+        self.tail, self.steps, self.most = tail, steps, most
+
+    def forward(self, *operands: torch.Tensor) -> Any:
+        if self.steps > self.most:
+            raise torch.OutOfMemoryError("planted")
+        return self.tail(*operands)
+
+
+@pytest.mark.parametrize("most", [1, 3, 11])
+def test_the_window_shrinks_where_a_tail_does_not_fit(most: int) -> None:
+    sampling = made_loop()
+    proof = prove(sampling.loop, sampling.known)
+    assert isinstance(proof, CausalityProof)
+    block = JacobiWrites(proof, batch=lambda tail: Greedy(tail, tail.trip_count, most))
+    with torch.no_grad():
+        assert same(block(*sampling.operands), sampling.ordinary())
+    assert block.window == max(size for size in (1, 2, 3, 6) if size <= most)
+    assert str(block.window) in block.method
+    with torch.no_grad():
+        assert same(block(*sampling.operands), sampling.ordinary())
+
+
+def test_a_step_that_does_not_fit_is_out_of_memory() -> None:
+    sampling = made_loop()
+    proof = prove(sampling.loop, sampling.known)
+    assert isinstance(proof, CausalityProof)
+    block = JacobiWrites(proof, batch=lambda tail: Greedy(tail, tail.trip_count, 0))
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        block(*sampling.operands)
+
+
+@pytest.mark.parametrize(("limit", "window"), [(1, 1), (10**4, None), (300, 5)])
+def test_a_limit_of_memory_sets_the_window(limit: int, window: int | None) -> None:
+    sampling = made_loop()
+    proof = prove(sampling.loop, sampling.known)
+    assert isinstance(proof, CausalityProof)
+    block = JacobiWrites(proof, memory_limit=limit)
+    assert block.window == window
+    with torch.no_grad():
+        assert same(block(*sampling.operands), sampling.ordinary())
 
 
 def test_a_window_needs_a_step() -> None:

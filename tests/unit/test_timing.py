@@ -3,8 +3,9 @@ from __future__ import annotations
 import gc
 
 import pytest
+import torch
 
-from fxjacobi.timing import interleaved, once
+from fxjacobi.timing import interleaved, once, started
 
 
 def test_once_returns_the_result_and_positive_seconds() -> None:
@@ -44,3 +45,33 @@ def test_garbage_collection_is_on_again_after_an_error() -> None:
 def test_rounds_must_be_positive() -> None:
     with pytest.raises(ValueError, match="rounds"):
         interleaved([lambda: None], rounds=0)
+
+
+class FakeEvent:
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        assert other is not self
+        return 2500.0
+
+
+@pytest.mark.parametrize(("reserved", "by_events"), [([1, 0], True), ([1, 1], False), ([0, 1], False)])
+def test_the_clock_is_the_devices_own_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, reserved: list[int], by_events: bool
+) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", reserved.__getitem__)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    seconds = started()()
+    assert (seconds == 2.5) == by_events
+    used = [device for device, bytes_ in enumerate(reserved) if bytes_]
+    assert waited == used * (1 if by_events else 2)  # before, and where events do not, after

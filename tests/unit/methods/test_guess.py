@@ -204,6 +204,32 @@ def test_a_warm_start_saves_sweeps_in_training_steps_forward_and_backward() -> N
     assert 0 < sweeps[2] <= 5
 
 
+def test_a_sampling_loop_starts_from_the_sample_before_and_keeps_its_bits() -> None:
+    torch.manual_seed(0)
+    weight = torch.triu(torch.randn(40, 40), 1) * 0.3
+
+    def sample(noise: torch.Tensor) -> torch.Tensor:
+        x = torch.zeros_like(noise)
+        for t in range(40):
+            x[:, t] = torch.tanh(x @ weight)[:, t] + noise[:, t]
+        return x
+
+    noise = torch.randn(3, 40)
+    near = noise.clone()
+    near[:, 20:] += 1e-3
+    sweeps: dict[bool, list[int]] = {}
+    with torch.no_grad():
+        for warm in (False, True):
+            compiled = fxjacobi.compile(sample, measure=False, warm_start=warm)
+            sweeps[warm] = []
+            for each in (noise, noise, near, torch.full_like(noise, math.inf), noise):
+                assert torch.equal(torch.nan_to_num(compiled(each)), torch.nan_to_num(sample(each)))
+                sweeps[warm].append(compiled.report.sweeps)
+    assert sweeps[True][1] == 2, "one sweep from the array's own values, and one that changes nothing"
+    assert sweeps[True][2] < sweeps[False][2]
+    assert max(sweeps[True]) <= 41
+
+
 def test_the_exact_contract_keeps_its_bits_with_any_start() -> None:
     run = _cell()
     xs = torch.randn(60, 2, 4)

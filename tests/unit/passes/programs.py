@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hypothesis import strategies as st
+from torch import fx
 
 from fxjacobi.capture import capture
-from fxjacobi.graph import check
+from fxjacobi.graph import check, make_module, spec_of_value, stamp
 from fxjacobi.loops import Loop
+from fxjacobi.ops import restride, write
+from fxjacobi.placement import phase_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from torch import fx
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -26,6 +27,26 @@ def record(fn: Callable[..., Any], *args: Any) -> fx.GraphModule:
         module = capture(fn, args, {}).graph_module
     check(module, after="capture")
     return module
+
+
+def build(fn: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
+    """The graph of ``fn``, which calls ATen operations on proxies, as it stands; specs and phases come from a run."""
+    module = fx.Tracer(autowrap_functions=(write, restride)).trace(fn)
+    graph_module = fx.GraphModule({}, module)
+
+    class Stamp(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            stamp(n, spec_of_value(result))
+            if n.op == "placeholder":
+                n.meta["phase"] = phase_of(result)
+            return result
+
+    for node in module.nodes:
+        if node.op == "output" and not isinstance(node.args[0], tuple):
+            node.args = ((node.args[0],),)
+    Stamp(graph_module).run(*args)
+    return make_module({}, module)
 
 
 def targets(module: fx.GraphModule) -> list[Any]:

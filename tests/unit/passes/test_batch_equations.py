@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hypothesis import given, settings
@@ -9,13 +9,18 @@ from torch import fx
 
 from fxjacobi.batched import BatchedMap
 from fxjacobi.blocks import loop_of, plan_of_block
+from fxjacobi.exactness import Batching, choose_ways
 from fxjacobi.graph import check, stamp
 from fxjacobi.loops import Carried, Invariant, Kind, Loop, Scanned, Stacked, Step
+from fxjacobi.passes import batch_equations
 from fxjacobi.passes.batch_equations import BatchEquations
 from fxjacobi.passes.collapse_writes import CollapseWrites
 from fxjacobi.passes.split_components import SplitComponents
 from fxjacobi.passes.stop_early import StopEarly
 from tests.unit.loop_makers import Program, graph_of, make_loop, programs, same_bits
+
+if TYPE_CHECKING:
+    import pytest
 
 aten = torch.ops.aten
 
@@ -103,8 +108,15 @@ def graph_of_specs(loop: Loop, operand: torch.Tensor) -> fx.GraphModule:
     return fx.GraphModule({"loop_0": loop}, graph)
 
 
-def test_parameters_are_measured_as_they_are() -> None:
+def test_parameters_are_measured_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight of zeros makes every way exact, which random weights would not."""
+    found: list[Batching] = []
+
+    def noted(*args: Any, **options: Any) -> Batching:
+        found.append(choose_ways(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(batch_equations, "choose_ways", noted)
     xs = torch.randn(32, 1, 16)
     loop = make_loop(
         lambda x, w: (aten.mm.default(x, w),), 32, [Scanned(0, 0, range(32)), Invariant(1)], [Stacked(0)],
@@ -120,7 +132,8 @@ def test_parameters_are_measured_as_they_are() -> None:
     graph.recompile()
     (block,) = blocks(BatchEquations().run(graph).module)
     assert isinstance(block, BatchedMap)
-    assert "flattened" in block.reason
+    (choice,) = found[0].choices
+    assert all(trial.equal for trial in choice.trials), "with other weights a flattened product has other bits"
 
 
 def test_a_tolerance_takes_the_fastest_way() -> None:

@@ -127,6 +127,15 @@ def test_two_results_stay_two() -> None:
     assert a.data_ptr() != b.data_ptr()
 
 
+def test_two_results_stay_two_where_a_third_value_comes_before_them() -> None:
+    def build(call: Any, x: Any) -> Any:
+        inner, a, b = (call(aten.full.default, [3], 0) for _ in range(3))
+        return call(aten.add.Tensor, x, inner), a, b
+
+    _, a, b = Eliminate().run(graph_of(build)).module(R(3))
+    assert a.data_ptr() != b.data_ptr()
+
+
 def test_bodies_of_loops_are_rewritten_too() -> None:
     def build(call: Any, x: Any) -> Any:
         call(aten.exp.default, x)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from fxjacobi import ops
 from fxjacobi.bits import first_difference
@@ -59,6 +60,20 @@ def tokens(net: nn.Module) -> torch.Tensor:
     return torch.stack(chosen, 1)
 
 
+def filled(net: nn.Module) -> torch.Tensor:
+    columns: list[torch.Tensor] = []
+    for t in range(SIZE):
+        columns.append(column(net, torch.stack(columns + [torch.full((3,), 0.5)] * (SIZE - t), 1), t))
+    return torch.stack(columns, 1)
+
+
+def padded(net: nn.Module) -> torch.Tensor:
+    x = torch.zeros(3, 0)
+    for t in range(SIZE):
+        x = torch.cat([x, column(net, functional.pad(x, (0, SIZE - t), value=0.5), t)[:, None]], 1)
+    return x
+
+
 def before(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
     module = capture(function, args, {}).graph_module
     for each in (Canonicalize(gradients=False), HoistRandom(), Eliminate()):
@@ -68,8 +83,14 @@ def before(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
 
 @pytest.mark.parametrize(
     ("function", "net"),
-    [(stacked, made(SIZE, 32)), (concatenated, made(SIZE, 32)), (tokens, Attention(length=SIZE))],
-    ids=["stacked", "concatenated", "tokens"],
+    [
+        (stacked, made(SIZE, 32)),
+        (concatenated, made(SIZE, 32)),
+        (filled, made(SIZE, 32)),
+        (padded, made(SIZE, 32)),
+        (tokens, Attention(length=SIZE)),
+    ],
+    ids=["stacked", "concatenated", "filled", "padded", "tokens"],
 )
 def test_the_sample_is_the_same_and_comes_from_sweeps(function: Callable[..., Any], net: nn.Module) -> None:
     with torch.no_grad():

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from fxjacobi.assemble import assemble
 from fxjacobi.graph import stamp
 from fxjacobi.loops import Loop
-from fxjacobi.passes.assemble import assemble
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["inline_calls"]
+__all__ = ["expand", "inline_calls"]
 
 
 def inline_calls(module: fx.GraphModule, *, only_single: bool) -> fx.GraphModule:
@@ -43,7 +43,7 @@ def inline_calls(module: fx.GraphModule, *, only_single: bool) -> fx.GraphModule
     values: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         if node in chosen:
-            values[node] = _expand(graph, chosen[node], [values[argument] for argument in node.args], new)
+            values[node] = expand(graph, chosen[node], [values[argument] for argument in node.args], new)
         elif node.target is operator.getitem and node.args[0] in chosen:
             values[node] = values[node.args[0]][node.args[1]]
         else:
@@ -54,10 +54,15 @@ def inline_calls(module: fx.GraphModule, *, only_single: bool) -> fx.GraphModule
     return inline_calls(assemble(graph, module, new), only_single=only_single)
 
 
-def _expand(
-    graph: fx.Graph, module: fx.GraphModule, arguments: list[Any], new: dict[str, nn.Module]
-) -> tuple[Any, ...]:
-    """Copy ``module``'s nodes to the end of ``graph`` and return its results."""
+def expand(graph: fx.Graph, module: fx.GraphModule, arguments: list[Any], new: dict[str, nn.Module]) -> tuple[Any, ...]:
+    """Copy ``module``'s nodes to the end of ``graph`` and return its results.
+
+    Args:
+        graph: What they are copied to.
+        module: A graph that reads no attribute of its own.
+        arguments: The values of its placeholders, in order.
+        new: The submodules that ``graph`` calls, by name; those that ``module`` calls are added.
+    """
     values: dict[fx.Node, Any] = {}
     remaining = iter(arguments)
     for node in module.graph.nodes:

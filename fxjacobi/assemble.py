@@ -5,27 +5,43 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from torch import fx
+
 from fxjacobi.graph import make_module
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import fx, nn
+    from torch import nn
 
-__all__ = ["assemble", "copy_node"]
+__all__ = ["append_node", "assemble", "copy_node"]
 
 
-def copy_node(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    """Append ``node`` with other arguments to ``graph``, under its own name.
+# Without the detour of ``Node.__setattr__``, which takes a node out of the graph's table of targets and puts it back.
+_set_args: Any = fx.Node.args.fset  # type: ignore[attr-defined] # mypy sees the property's value
+_set_kwargs: Any = fx.Node.kwargs.fset  # type: ignore[attr-defined]
+
+
+def append_node(
+    graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None = None
+) -> fx.Node:
+    """Append one node to ``graph``, as ``graph.create_node`` does, in a third of the time.
 
     The arguments are set afterwards: ``create_node`` would search them for symbolic sizes, which takes as long again
     as everything else.
     """
-    copy = graph.create_node(node.op, node.target, name=node.name)
-    copy.args = args
+    node = graph.create_node(op, target, name=name)
+    if args:
+        _set_args(node, args)
     if kwargs:
-        copy.kwargs = kwargs
-    copy.meta = dict(node.meta)
+        _set_kwargs(node, kwargs)
+    return node
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """Append ``node`` with other arguments to ``graph``, under its own name."""
+    copy = append_node(graph, node.op, node.target, args, kwargs, node.name)
+    copy.meta.update(node.meta)
     return copy
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxjacobi.assemble import assemble
 from fxjacobi.graph import Spec, TensorSpec, site_of, spec_of, stamp
+from fxjacobi.inline_calls import expand
 from fxjacobi.layouts import dense, selected
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Step, Table
-from fxjacobi.passes.assemble import assemble
 
 __all__ = ["unroll_inner"]
 
@@ -73,7 +74,7 @@ def _write_out(graph: fx.Graph, call: fx.Node, loop: Loop, operands: list[Any]) 
                     bound.append(values[step])
                 case Invariant(operand):
                     bound.append(operands[operand])
-        outputs.append(_step(graph, loop.body, bound))
+        outputs.append(expand(graph, loop.body, bound, {}))
     results: list[fx.Node] = []
     for result, spec in zip(loop.results, _specs(call), strict=True):
         if isinstance(result, Step):
@@ -94,18 +95,3 @@ def _own(graph: fx.Graph, piece: fx.Node, call: fx.Node) -> fx.Node:
     spec = spec_of(piece)
     assert isinstance(spec, TensorSpec)
     return stamp(graph.call_function(_aten.clone.default, (piece,)), dense(spec, spec.shape), site_of(call))
-
-
-def _step(graph: fx.Graph, body: fx.GraphModule, bound: list[Any]) -> tuple[fx.Node, ...]:
-    values: dict[fx.Node, Any] = {}
-    remaining = iter(bound)
-    for node in body.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(remaining)
-        elif node.op == "output":
-            results = fx.map_arg(node.args[0], values.__getitem__)
-            assert isinstance(results, tuple)
-            return results
-        else:
-            values[node] = stamp(graph.node_copy(node, values.__getitem__), node.meta["spec"], site_of(node))
-    raise AssertionError("a graph without an output")

@@ -1,0 +1,46 @@
+"""Tensors of Python numbers, made once for a captured program: a capture cannot copy from the host."""
+
+from __future__ import annotations
+
+import contextlib
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["Constants", "constant", "held"]
+
+Constants = dict[tuple[Any, ...], torch.Tensor]
+"""What a captured program holds on to: its graph reads these tensors' memory for as long as it lives."""
+
+_held: ContextVar[Constants | None] = ContextVar("fxjacobi_constants", default=None)
+
+
+@contextlib.contextmanager
+def held(constants: Constants) -> Iterator[None]:
+    """Inside, :func:`constant` keeps what it makes in ``constants``, and returns it again; an outer call of this one wins."""
+    if _held.get() is not None:
+        yield
+        return
+    token = _held.set(constants)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def constant(values: Sequence[Any], *, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return ``torch.tensor(values, dtype=dtype, device=device)``; nobody may write to it."""
+    known = _held.get()
+    if known is None:
+        return torch.tensor(values, dtype=dtype, device=device)
+    # 0 == False == 0.0 as dictionary keys, and -0.0 == 0.0: spelt out, they are different constants.
+    key = (repr(values), dtype, device)
+    if key not in known:
+        with _disable_current_modes():  # made before the capture, while the program is run for the first time
+            known[key] = torch.tensor(values, dtype=dtype, device=device)
+    return known[key]

@@ -1,0 +1,61 @@
+"""Finding sequences that grow: why a program that repeats has no loop."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxjacobi.graph import Site, TensorSpec, site_of, spec_of
+
+if TYPE_CHECKING:
+    from torch import fx
+
+__all__ = ["growing_sequence"]
+
+aten = torch.ops.aten
+
+_OFTEN = 4
+"""Times that a sequence must grow to be taken for the reason."""
+
+
+def growing_sequence(module: fx.GraphModule) -> str:
+    """Return why the program repeats in no loop, if a sequence in it grows by a concatenation or is read in growing parts.
+
+    ``x = cat([x, v], 1)`` and ``net(x[:, : t + 1])`` give every step other shapes, for which kernels may round otherwise:
+    so the steps are not instances of one body. An empty string: neither is there.
+    """
+    chain: dict[fx.Node, int] = {}
+    parts: dict[tuple[Site | None, int], list[tuple[int, fx.Node]]] = defaultdict(list)
+    longest: fx.Node | None = None
+    for node in module.graph.nodes:
+        spec = spec_of(node) if node.op == "call_function" else None
+        if not isinstance(spec, TensorSpec):
+            continue
+        if node.target is aten.cat.default:
+            joined = node.args[0]
+            assert isinstance(joined, (list, tuple))
+            chain[node] = 1 + max((chain.get(part, 0) for part in joined), default=0)
+            if longest is None or chain[node] > chain[longest]:
+                longest = node
+        elif node.target is aten.slice.Tensor and site_of(node) is not None:
+            dim = node.args[1] if len(node.args) > 1 else 0
+            assert isinstance(dim, int)
+            parts[site_of(node), dim].append((spec.shape[dim], node))
+    if longest is not None and chain[longest] >= _OFTEN and longest.users:
+        return _sentence("a sequence grows by a concatenation", longest, chain[longest])
+    for sizes in parts.values():
+        grown = sum(b[0] == a[0] + 1 for a, b in pairwise(sizes))
+        if grown >= _OFTEN:
+            return _sentence("a growing part of a sequence is read", sizes[0][1], grown)
+    return ""
+
+
+def _sentence(what: str, node: fx.Node, times: int) -> str:
+    where = f" at {site_of(node)}" if site_of(node) else ""
+    return (
+        f"{what}{where}, {times} times, so that each step has other shapes and there is no loop; "
+        "write into a tensor of the full length instead, and read all of it"
+    )
