@@ -22,7 +22,7 @@ from fxjacobi.loops import Binding, Carried, Invariant, Loop
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["draws", "Component", "Equations", "body_outputs", "equations_of", "is_effect"]
+__all__ = ["Component", "Equations", "body_outputs", "draws", "equations_of", "is_effect"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from fxjacobi.layouts import dense, in_one_order, lie_alike
 from fxjacobi.ops import restride, write
 from fxjacobi.passes.array_reads import ArrayReads, filled, tensor
 from fxjacobi.passes.base import Pass, PassResult
-from fxjacobi.passes.memory_effects import Need, keeps_layout
+from fxjacobi.passes.memory_effects import WRITES, Need, keeps_layout
 from fxjacobi.passes.write_history import normalised
 
 if TYPE_CHECKING:
@@ -170,7 +170,9 @@ class _Canonicalizer:
 
     def follows_moved(self, node: fx.Node) -> bool:
         """Whether the strides of ``node`` follow from those of an argument for which something lies otherwise now."""
-        alike = lie_alike if is_view(node) else in_one_order  # what works by element leaves no gaps
+        alike = (
+            lie_alike if is_view(node) or node.target in WRITES else in_one_order
+        )  # what works by element leaves no gaps
         for each in node.all_input_nodes:
             before, after = spec_of(each), spec_of(self.values[each])
             tensors = isinstance(before, TensorSpec) and isinstance(after, TensorSpec)
@@ -294,7 +296,9 @@ class _Canonicalizer:
             region = region[:-1]
         if node.target is write and region == tuple(index):
             return None
-        made = self.reads.emit(write, (base, value, region), spec_of(node), site_of(node))
+        repeats = any(step == 0 and size > 1 for size, step in zip(spec.shape, spec.stride, strict=True))
+        laid = spec_of(node) if repeats else spec  # a written array lies as before; repeated elements get memory
+        made = self.reads.emit(write, (base, value, region), laid, site_of(node))
         return self.reads.note(made, node)
 
     def copy(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:

@@ -123,7 +123,8 @@ class _Eliminator:
             if isinstance(value, fx.Node):
                 return same.get(value, value)
             if isinstance(value, (list, tuple)):
-                return (tuple, *map(key, value))
+                # Nodes first: they are most of what there is, and a call for each takes longest of all here.
+                return (tuple, *[same.get(v, v) if type(v) is fx.Node else key(v) for v in value])
             if isinstance(value, dict):
                 return (dict, *((name, key(item)) for name, item in value.items()))
             if isinstance(value, slice):

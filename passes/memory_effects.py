@@ -59,9 +59,10 @@ _VIEWS = frozenset(
 
 
 def keeps_layout(node: fx.Node) -> bool:
-    """Whether the strides of ``node``'s value follow from its arguments': it is a view, or works element by element."""
+    """Whether the strides of ``node``'s value follow from its arguments': a view, a write, or element by element."""
     return (
         node.target in _VIEWS
+        or node.target in WRITES
         or node.target in _BY_ELEMENT
         or (isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags)
     )

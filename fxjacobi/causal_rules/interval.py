@@ -9,7 +9,7 @@ in TF32 and bfloat16 products too. It holds for values that are not NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, isnan, sqrt
 from typing import TYPE_CHECKING
 
@@ -70,8 +70,8 @@ class Interval:
 
     @property
     def one(self) -> Interval:
-        """The same with one number for all elements."""
-        return replace(self, low=self.low.min(), high=self.high.max())
+        """One number for all elements, wherever they lie: nothing of rows."""
+        return Interval(self.low.min(), self.high.max(), rests=self.rests)
 
     def rows(self, length: int) -> tuple[float, float]:
         """Return the norm and the total of rows of ``length`` elements, from the elements where those say more."""
@@ -100,6 +100,8 @@ def symmetric(size: float, rests: Rests, norm: float = inf, total: float = inf) 
     if size == inf or isnan(size):
         return None
     high = torch.tensor(size, dtype=torch.float64)
+    # 0 * inf comes about in products of bounds, and says nothing.
+    norm, total = (inf if isnan(one) else one for one in (norm, total))
     return Interval(-high, high, norm, total, rests)
 
 

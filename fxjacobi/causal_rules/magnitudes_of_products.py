@@ -56,7 +56,9 @@ def _product(call: Call, left: int, right: int, contracted: int) -> Interval | N
     length = call.shape(left)[-1]
     norm, total = first.rows(length)
     size = min(norm * columns[0], first.size * columns[1], total * second.size)
-    result = symmetric(size, first.rests | columns[3], norm * columns[2])
+    # The product with a vector has no rows of its own.
+    whole = norm * columns[2] if len(call.shape(right)) > 1 else inf
+    result = symmetric(size, first.rests | columns[3], whole)
     return None if result is None else result.rounded(call.dtype, max(2, length))
 
 

@@ -114,13 +114,34 @@ def _started(system: System, states: States, length: int, warm_up: int) -> Itera
         before = prepared(system, states, warm_starts, warm, 0)
         warm_heads = before.heads
         found, _ = run_chunks(system, before)
-        at = torch.tensor(warm_starts, device=states[0].device).unsqueeze(1)
-        at = at + torch.arange(warm, device=states[0].device)
-        states = tuple(state.clone().index_put((at,), value) for state, value in zip(states, found, strict=True))
+        heads = _heads_after(system, heads_of(system, states, starts), starts, warm_starts, found)
+    else:
+        heads = heads_of(system, states, starts)
     chunks = prepared(system, states, starts, length, 0)
-    chunks = with_heads(chunks, _finite_heads(system, chunks.heads, system.base(), 1))
+    chunks = with_heads(chunks, _finite_heads(system, heads, system.base(), 1))
     memory = _Memory(chunks, warm_starts, warm_heads)
     return Iterate(states, updates=torch.zeros(count, dtype=torch.float64), gains=unknown, memory=memory)
+
+
+def _heads_after(
+    system: System, heads: Heads, starts: tuple[int, ...], warm_starts: tuple[int, ...], found: States
+) -> Heads:
+    """Return ``heads`` as each chunk's own warm-up, ``found`` ``(chunks - 1, warm, *shape)``, left them."""
+    result: list[torch.Tensor] = []
+    position = 0
+    for carry in system.carries:
+        values = found[carry.component]
+        for inner in range(carry.depth):
+            head = heads[position]
+            position += 1
+            read = [start + inner - carry.distance - warm for start, warm in zip(starts[1:], warm_starts, strict=True)]
+            rows = [row for row, step in enumerate(read) if 0 <= step < values.shape[1]]
+            if rows:
+                at = torch.tensor(rows, device=head.device)
+                steps = torch.tensor([read[row] for row in rows], device=head.device)
+                head = head.index_copy(0, at + 1, values[at, steps])
+            result.append(head)
+    return tuple(result)
 
 
 def _seams(system: System, chunks: Chunks) -> tuple[int, ...]:

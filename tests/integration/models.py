@@ -279,7 +279,7 @@ CASES = [
         for layers, outside, write in ((1, True, False), (2, True, True), (2, False, False), (3, True, False))
     ],
     Case("bidirectional", _Bidirectional, lambda: (torch.randn(9, 2, 5),), ("recurrence",)),
-    Case("second order through an array", _SecondOrder, lambda: (torch.randn(3, 12, 4),), ("map", "writes")),
+    Case("second order through an array", _SecondOrder, lambda: (torch.randn(3, 12, 4),), ("map", "recurrence")),
     Case("heads", _Heads, lambda: (torch.randn(5, 8),), ("map",)),
     Case("a head at every step", _PerStepHead, lambda: (torch.randn(5, 9, 5),), ("map",)),
     Case("nn.LSTM", lambda: nn.LSTM(4, 5, 2, bidirectional=True), lambda: (torch.randn(7, 2, 4),)),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, note, settings
+from hypothesis import event, given, note, settings
 from torch import fx
 
 from fxjacobi.capture import record
@@ -70,8 +70,13 @@ def test_values_lie_as_the_graph_says(program: Program) -> None:
     with torch.set_grad_enabled(program.grad), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = torch.get_rng_state()
-        recorded = record(program.build(), program.make_args(), {})
+        try:
+            recorded = record(program.build(), program.make_args(), {})
+        except IndexError:  # the program's own: a loop that ended early left it fewer steps than it then reads
+            event("the program raises")
+            return
         if recorded.capture is None:
+            event("not captured")
             return
         capture = recorded.capture
         module = capture.graph_module

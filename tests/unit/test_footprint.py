@@ -64,6 +64,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
      (gru, Damped())],
     ids=lambda v: getattr(v, "__name__", repr(v)),
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11
 def test_the_stated_memory_is_what_a_solve_holds(
     make: Callable[..., Recurrence], method: Method, limit: int | None
 ) -> None:

@@ -342,3 +342,14 @@ def test_constants_that_are_not_finite_give_no_interval() -> None:
     assert expanded.norm == pytest.approx(6.0, rel=2e-2)
     assert expanded.norm >= 6
     assert constant(torch.ones(2)).constant
+
+
+def test_a_product_with_a_vector_has_no_rows() -> None:
+    """Its elements are bounded, but they make one long row together."""
+    graph = recorded_graph(lambda x: torch.mv(x.tanh(), torch.ones(3)), torch.zeros(50, 3))
+    context = Context(0)
+    with context.within(interpret(context, graph, [unknown((50, 3))])):
+        found = interval_of(context, graph.graph.output_node().args[0])
+    assert found is not None
+    assert 3 <= found.size < 3.2
+    assert found.rows(50)[0] >= float(torch.full((50,), 3.0).norm())
