@@ -180,6 +180,8 @@ class BatchedBody:
         self.varying = tuple(isinstance(b, Literal) and any(v != b.values[0] or type(v) is not type(b.values[0])
                                                             for v in b.values) for b in loop.bindings)  # fmt: skip
         self.device = next((s.device for s in self.output_specs if isinstance(s, TensorSpec)), torch.device("cpu"))
+        self.agreed = False
+        """Whether a whole trajectory was found to agree with the body's single steps."""
         self._lifted_body: fx.GraphModule | None = None
         self._strategy: Strategy | None = None
         self._layouts: dict[int, Layout] = {}

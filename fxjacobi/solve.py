@@ -287,7 +287,8 @@ def _relative(values: States, states: States, stop: int | None = None) -> float:
 
 def _agrees_with_body(system: System, states: States, values: States, stop: int) -> bool:
     """Whether the body itself, run on single steps, gives what batching gave: at the first, middle and last before ``stop``."""
-    steps = sorted({0, stop // 2, stop - 1} if stop else ())
+    # Ways of batching are compared when they are chosen; once a whole call has agreed too, its last step is looked at.
+    steps = sorted(({stop - 1} if system.body.agreed else {0, stop // 2, stop - 1}) if stop else ())
     if not steps:
         return True
     single = [system.pick(system.alone(states, step)) for step in steps]
@@ -303,4 +304,5 @@ def _agrees_with_body(system: System, states: States, values: States, stop: int)
         if bool((units(a, b, Contract(atol=root * size)) > 1).any()):
             logger.warning("evaluating many steps at once does not give what the body gives; running in order")
             return False
+    system.body.agreed |= stop == system.steps
     return True

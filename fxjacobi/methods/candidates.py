@@ -56,9 +56,9 @@ def candidates(
         with torch.no_grad():
             length = memory_length(system, contract)
         # One sweep where the warm-up is as long as the memory; longer chunks do less twice, shorter ones make fewer calls.
-        # A quarter more, because the memory was measured on a few stretches and every chunk must have forgotten.
-        warm = 0 if length is None else length + length // 4 + 1
-        warmed = [] if length is None else [Chunked(c, warm) for c in (2 * warm, 4 * warm, warm)]
+        # An eighth more, because the memory was measured on a few stretches and every chunk must have forgotten.
+        warm = 0 if length is None else length + length // 8 + 1
+        warmed = [] if length is None else [Chunked(c, warm) for c in (4 * warm // 3, 2 * warm, 4 * warm)]
         found = [m for m in warmed if 2 * m.chunk <= loop.trip_count]
         if not found:
             found = [sized(Chunked, loop, length)]

@@ -201,9 +201,11 @@ def _exchange(system: System, iterate: Iterate, states: States, contract: Contra
     if prefix == system.steps:
         update = 0.0
     unfinished = update > (0.0 if contract.exact else 1.0)
+    if not unfinished:
+        return replace(iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains)
     following = with_heads(chunks, _finite_heads(system, heads, system.base(), final + 1))
-    samples = _unsettled(system, chunks, heads, contract) if unfinished else None
-    if unfinished and (2 * final >= len(active) or samples is not chunks.samples):
+    samples = _unsettled(system, chunks, heads, contract)
+    if 2 * final >= len(active) or samples is not chunks.samples:
         following = prepared(system, states, chunks.starts, chunks.length, finals, samples)
         following = with_heads(following, _finite_heads(system, following.heads, system.base(), 1))
     return replace(

@@ -167,7 +167,7 @@ def inpaint_python_if(model: Any, img: Any, known: Any) -> Any:
 
 @style(lambda: (MADE(), 5))
 def list_stack_pad(model: Any, n: Any) -> Any:
-    cols = []
+    cols: list[torch.Tensor] = []
     for i in range(STEPS):
         x = torch.stack(cols + [torch.zeros(n)] * (STEPS - len(cols)), 1)
         mu, ls = model(x)[:, i].unbind(-1)
@@ -177,7 +177,7 @@ def list_stack_pad(model: Any, n: Any) -> Any:
 
 @style(lambda: (MADE(), 5))
 def list_cat_pad(model: Any, n: Any) -> Any:
-    cols = []
+    cols: list[torch.Tensor] = []
     for i in range(STEPS):
         x = torch.cat([*cols, torch.zeros(n, STEPS - len(cols))], 1)
         mu, ls = model(x)[:, i].unbind(-1)
@@ -301,7 +301,7 @@ def mixture_same_family(model: Any, n: Any) -> Any:
 
 @style(lambda: (MADE(), 5))
 def pad_stack(model: Any, n: Any) -> Any:
-    cols = []
+    cols: list[torch.Tensor] = []
     for t in range(STEPS):
         x = F.pad(torch.stack(cols, 1), (0, STEPS - t)) if cols else torch.zeros(n, STEPS)
         mu, ls = model(x)[:, t].unbind(-1)

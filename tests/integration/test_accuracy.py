@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import fxjacobi
 from fxjacobi.certificate import Certificate
-from fxjacobi.loops import Carried, Invariant, Loop, Scanned, Stacked
+from fxjacobi.loops import Binding, Carried, Invariant, Loop, Scanned, Stacked
 from fxjacobi.methods import (
     Affine,
     Anderson,
@@ -44,7 +44,8 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def _projected(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.mm(h, w.t())
+    result: torch.Tensor = torch.ops.aten.mm(h, w.t())
+    return result
 
 
 def _rnn_tanh(s: Tensors, x: torch.Tensor, w: torch.Tensor) -> Tensors:
@@ -126,7 +127,7 @@ def case(cell: str, steps: int, scale: float = 1.0, seed: int = 0) -> Case:
         operands = tuple(v.to(dtype) for v in (*starts, x, w))
         body = traced_body(step, (*operands[:components], operands[-2][0], operands[-1]))
         carried = [Carried(i, 1, (i,)) for i in range(components)]
-        bindings = [*carried, Scanned(components, 0, range(steps)), Invariant(components + 1)]
+        bindings: list[Binding] = [*carried, Scanned(components, 0, range(steps)), Invariant(components + 1)]
         loops.append(Loop(body, steps, bindings, [Stacked(i) for i in range(components)]))
         results.append(loops[-1](*operands))
     operands = (*starts, x, w)
@@ -168,7 +169,9 @@ def test_errors_of_ten_thousand_steps(cell: str) -> None:
             carry = function(carry, x, w)
             return carry, carry
 
-        return fxjacobi.scan(step, tuple(torch.zeros(2, 4) for _ in range(components)), xs)[1]
+        result: Tensors = fxjacobi.scan(step, tuple(torch.zeros(2, 4) for _ in range(components)), xs)[1]
+
+        return result
 
     with torch.no_grad():
         compiled = fxjacobi.compile(run, rtol=1e-5, measure=False, budget_s=0.5)

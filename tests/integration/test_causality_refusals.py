@@ -71,7 +71,7 @@ def refusal(compiled: fxjacobi.SolvedModule) -> str:
 
 def leaking_made() -> nn.Module:
     net = made(12, 24)
-    net[2].mask[2, 5] = 1  # type: ignore[operator, index]
+    net[2].mask[2, 5] = 1  # type: ignore[operator]
     return net
 
 
@@ -184,7 +184,7 @@ def test_a_finite_mask_that_scores_outweigh_is_refused() -> None:
     net = Finite("added", -1e4)
     with torch.no_grad():
         for project in net.project:
-            project.weight.mul_(100)  # type: ignore[operator, union-attr]
+            project.weight.mul_(100)  # type: ignore[operator]
     reason = refusal(same_samples(sample_tokens, net))
     assert "a finite mask is given, but it does not outweigh scores that may differ by" in reason
 
@@ -194,7 +194,7 @@ def test_a_finite_mask_is_proven_again_when_the_weights_have_changed() -> None:
     compiled = same_samples(sample_tokens, net)
     with torch.no_grad():
         for project in net.project:
-            project.weight.mul_(300)  # type: ignore[operator, union-attr]
+            project.weight.mul_(300)  # type: ignore[operator]
     for seed in range(2):
         torch.manual_seed(seed)
         found = compiled(net)

@@ -177,9 +177,9 @@ def test_measuring_is_bounded_and_shows_a_bar_when_it_lasts(
             compiled = fxjacobi.compile(run, rtol=1e-4, measure=False, budget_s=0.0)
             compiled(xs)
         assert ("measuring methods" in capsys.readouterr().err) == shown
-    rows = [c for b in compiled.plan.blocks for c in b.candidates]
-    assert rows
-    assert all("budget was spent" in c.note for c in rows if c.method != "sequential")
+        rows = [c for b in compiled.plan.blocks for c in b.candidates]
+        assert rows
+        assert all("budget was spent" in c.note for c in rows if c.method != "sequential")
 
 
 def test_a_trial_ends_in_time_and_completes_nothing() -> None:

@@ -87,7 +87,9 @@ def test_the_first_value_of_a_carry_read_otherwise_is_no_carry() -> None:
             h = torch.where(starts, h0, torch.tanh(0.5 * h + x))
             return h, h
 
-        return fxjacobi.scan(step, h0, (xs, again))[1]
+        result: torch.Tensor = fxjacobi.scan(step, h0, (xs, again))[1]
+
+        return result
 
     never, once = torch.zeros(40, 2, 1, dtype=torch.bool), torch.zeros(40, 2, 1, dtype=torch.bool)
     once[20] = True
@@ -117,7 +119,9 @@ def test_the_first_slice_read_otherwise_is_no_slice(layout: str, reverse: bool) 
             h = torch.where(starts, xs[-1 if reverse else 0], torch.tanh(0.5 * h + x))
             return h, h
 
-        return fxjacobi.scan(step, torch.zeros(2, 4), (xs, again), reverse=reverse)[1]
+        result: torch.Tensor = fxjacobi.scan(step, torch.zeros(2, 4), (xs, again), reverse=reverse)[1]
+
+        return result
 
     never, once = torch.zeros(40, 2, 1, dtype=torch.bool), torch.zeros(40, 2, 1, dtype=torch.bool)
     once[20] = True
@@ -142,7 +146,8 @@ def test_two_carries_with_the_same_first_value() -> None:
             return (h, c), h
 
         start = torch.zeros(2, 4)
-        return fxjacobi.scan(step, (start, start), xs)[1]
+        result: torch.Tensor = fxjacobi.scan(step, (start, start), xs)[1]
+        return result
 
     with torch.no_grad():
         compiled = fxjacobi.compile(run, measure=False)
@@ -158,7 +163,9 @@ def test_a_step_that_writes_to_its_carry_in_place() -> None:
             h.mul_(0.5).add_(x)
             return h, h.clone()
 
-        return fxjacobi.scan(step, start, xs)[1]
+        result: torch.Tensor = fxjacobi.scan(step, start, xs)[1]
+
+        return result
 
     with torch.no_grad():
         compiled = fxjacobi.compile(run, measure=False)

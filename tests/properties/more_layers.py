@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from hypothesis import strategies as st
@@ -17,7 +17,11 @@ __all__ = ["more_layers"]
 
 
 def more_layers(  # noqa: C901 - one option after another
-    drawn: Drawn, shape: Sequence[int], dim: int, c: Callable[[int], torch.Tensor], option: Callable[..., Any]
+    drawn: Drawn,
+    shape: Sequence[int],
+    dim: int,
+    c: Callable[[int], torch.Tensor],
+    option: Callable[..., Callable[[Callable[[], Layer]], None]],
 ) -> None:
     """Offer the layers that fit a tensor of ``shape``."""
     dims, size = len(shape), shape[dim]

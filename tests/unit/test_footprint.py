@@ -205,10 +205,10 @@ def test_running_out_of_memory_in_the_gradients(first: int, fits: int, monkeypat
     recurrence = gru(32, 2, 4, dtype=torch.float64)
     contract = Contract(rtol=1e-11, atol=1e-12)
     gradients: list[tuple[torch.Tensor, ...]] = []
+    planted = Planted(first, fits)
     for module in (recurrence.loop, SolvedLoop(recurrence.loop, Jacobi(), contract)):
         leaves = [o.clone().requires_grad_() for o in recurrence.operands]
         result = module(*leaves)[0].square().sum()
-        planted = Planted(first, fits)
         with monkeypatch.context() as patch:
             if module is not recurrence.loop:
                 planted.into(patch)

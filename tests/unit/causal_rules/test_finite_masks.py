@@ -316,7 +316,7 @@ def test_a_row_of_nothing_but_masked_entries_depends_on_all_of_them() -> None:
     context = Context(2, assumable={next(iter(graph.graph.nodes)): 4096.0})
     rank = torch.arange(3, dtype=torch.int32).expand(3, 3)
     env = interpret(context, graph, [Abstract(rank)])
-    result = env[graph.graph.output_node().args[0]]
+    result = env[graph.graph.output_node().args[0]]  # type: ignore[index]
     assert isinstance(result, Abstract)
     assert bool((result.rank == 2).all())
     assert not context.limits
@@ -330,7 +330,7 @@ def test_log_softmax_keeps_what_a_masked_entry_depends_on() -> None:
     array = next(iter(graph.graph.nodes))
     context = Context(2, assumable={array: 4096.0})
     env = interpret(context, graph, [Abstract(torch.arange(3, dtype=torch.int32).expand(1, 3))])
-    result = env[graph.graph.output_node().args[0]]
+    result = env[graph.graph.output_node().args[0]]  # type: ignore[index]
     assert isinstance(result, Abstract)
     assert result.rank.tolist() == [[1, 1, 2]]
 

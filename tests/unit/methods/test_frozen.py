@@ -58,7 +58,7 @@ class Rows(TorchDispatchMode):
     """Counts the rows that go through tanh: one for each step and sample."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows = 0
 
     @override
