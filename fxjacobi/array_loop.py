@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from fxjacobi import ops
 from fxjacobi.array_paths import NotAnArrayLoop, numel, positions_of, selection, write_chain, written_part
 from fxjacobi.assemble import assemble
-from fxjacobi.equations import is_effect
+from fxjacobi.equations import is_effect, resting_on
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
 from fxjacobi.inline_calls import inline_calls
 from fxjacobi.loops import Carried, Literal, Loop, Scanned, Table
@@ -302,8 +302,6 @@ def _producer(body: fx.GraphModule, output: int) -> fx.Node | None:
 def _tidied(loop: Loop) -> Loop:
     """Inline recorded submodules, drop what nobody reads (guards are read by the run), compute equal things once."""
     body = inline_calls(loop.body, only_single=False)
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
     alive: set[fx.Node] = set()
     for node in reversed(body.graph.nodes):
         if (
@@ -313,13 +311,21 @@ def _tidied(loop: Loop) -> Loop:
         ):
             alive.add(node)
     known: dict[Any, fx.Node] = {}
+    first: dict[fx.Node, fx.Node] = {}  # of the nodes that compute the same
     for node in body.graph.nodes:
         if node in alive:
-            key = operation_key(node, values) if node.op == "call_function" and node.target not in ops.GUARDS else node
-            if key in known:
-                values[node] = known[key]
+            key = operation_key(node, first) if node.op == "call_function" and node.target not in ops.GUARDS else node
+            first[node] = known.setdefault(key, node)
+    if len(known) == len(body.graph.nodes):
+        return Loop(body, loop.trip_count, loop.bindings, loop.results)  # an object of its own: see the caller's cache
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in body.graph.nodes:
+        if node in alive:
+            if first[node] is not node:
+                values[node] = values[first[node]]
                 continue
-            values[node] = known[key] = graph.node_copy(node, values.__getitem__)
+            values[node] = graph.node_copy(node, values.__getitem__)
             if node.op == "output":
                 values[node].args = (map_arg(node.args[0], values.__getitem__),)
             else:
@@ -355,15 +361,7 @@ def _needed(
 ) -> tuple[set[fx.Node], list[fx.Node]]:
     """Return the nodes that written values, outputs and guards rest on, versions not passed through; and the guards."""
     guards = [node for node in nodes if node.target in ops.GUARDS]
-    pending = [*values, *(o for o in outputs if isinstance(o, fx.Node)), *guards]
-    needed: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node in needed or node in versions:
-            continue
-        needed.add(node)
-        pending.extend(node.all_input_nodes)
-    return needed, guards
+    return resting_on([*values, *(o for o in outputs if isinstance(o, fx.Node)), *guards], stop=versions), guards
 
 
 def _tail_users(

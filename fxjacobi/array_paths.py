@@ -12,9 +12,9 @@ from torch.fx.node import map_arg
 
 from fxjacobi import ops
 from fxjacobi.affine_positions import affine_positions
-from fxjacobi.causal_rules.registry import overloads
 from fxjacobi.causal_rules.views import VIEWS
 from fxjacobi.graph import TensorSpec, spec_of
+from fxjacobi.rule_table import overloads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

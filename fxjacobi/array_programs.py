@@ -22,14 +22,15 @@ from fxjacobi.array_loop import operation_key
 from fxjacobi.assemble import assemble
 from fxjacobi.causal_rules.finite_masks import limit_flag
 from fxjacobi.emit import dense_stride
+from fxjacobi.equations import resting_on
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
 from fxjacobi.loops import Binding, Carried, Invariant, Literal, Loop, Scanned, Stacked, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from fxjacobi.array_loop import ArrayLoop
-    from fxjacobi.causality import CausalityProof
+    from fxjacobi.causality_proof import CausalityProof
 
 __all__ = ["Programs", "TailInput", "programs"]
 
@@ -93,7 +94,7 @@ def programs(proof: CausalityProof, *, steps: int, restrided: bool) -> Programs:
     tail, inputs, literals = _tail(structure, steps, restrided)
     read = [structure.accesses[one.node].source if one.kind == "access" else one.node for one in inputs]
     sources = tuple(dict.fromkeys(node for node in read if node in structure.touched))
-    needed = _reached(sources, stop=set(structure.versions))
+    needed = resting_on(sources, stop=structure.versions)
     network_nodes = [node for node in body.graph.nodes if node in needed and node in structure.touched]
     borders = [used for node in network_nodes for used in node.all_input_nodes]
     shared = tuple(
@@ -108,21 +109,9 @@ def programs(proof: CausalityProof, *, steps: int, restrided: bool) -> Programs:
     )
     kills = {node for node in body.graph.nodes if node.name in set(proof.kills)}
     limits = proof.limits
-    prelude = _program(structure, [], invariants, (), _reached(shared, stop=set()), shared, kills, limits)
+    prelude = _program(structure, [], invariants, (), resting_on(shared), shared, kills, limits)
     network = _program(structure, [structure.array], invariants, shared, set(network_nodes), sources, kills, limits)
     return Programs(prelude, network, tail, invariants, shared, sources, inputs, structure.ends, literals)
-
-
-def _reached(ends: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    pending = list(ends)
-    found: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node in found or node in stop:
-            continue
-        found.add(node)
-        pending.extend(node.all_input_nodes)
-    return found
 
 
 def _program(

@@ -27,6 +27,7 @@ from fxjacobi.equations import is_effect
 from fxjacobi.graph import TensorSpec, spec_of
 from fxjacobi.loops import Carried, Invariant, Literal, Loop
 from fxjacobi.lowered import lowered
+from fxjacobi.trial import MISFITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,9 +37,6 @@ __all__ = ["Batch", "BatchedBody", "Layout", "Strategy"]
 logger = logging.getLogger(__name__)
 
 _bodies: weakref.WeakKeyDictionary[Loop, BatchedBody] = weakref.WeakKeyDictionary()
-
-# What a batched op that does not fit its data raises; anything else is a defect and passes through.
-_MISFITS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
 
 
 class Strategy(Enum):
@@ -75,6 +73,7 @@ class Layout:
     device: torch.device
     body: fx.GraphModule | None = None
     loops: dict[Any, Loop] = field(default_factory=dict)
+    folded: dict[Any, fx.GraphModule] = field(default_factory=dict)
 
     def graph(self, arguments: Sequence[Any]) -> fx.GraphModule | None:
         """Return ``run`` as a graph over the packed ``arguments`` that are tensors (and, but for vmap, the others too).
@@ -85,9 +84,33 @@ class Layout:
 
     def loop(self, graph: fx.GraphModule, *parts: Any) -> Loop:
         """Return ``Loop(graph, *parts)``, the same one for the same parts, so that it is compiled once."""
-        if parts not in self.loops:
-            self.loops[parts] = Loop(graph, *parts)
-        return self.loops[parts]
+        key = (graph, *parts)
+        if key not in self.loops:
+            self.loops[key] = Loop(graph, *parts)
+        return self.loops[key]
+
+    def apart(self, value: torch.Tensor, leading: int) -> bool:
+        """Whether :meth:`pack` would copy ``value``, for the rows do not lie side by side in memory."""
+        if self.strategy is not Strategy.FOLD or value.shape[leading] == 1 or value.shape[leading + 1] == 1:
+            return False
+        return value.stride(leading) != value.shape[leading + 1] * value.stride(leading + 1)
+
+    def folding(self, graph: fx.GraphModule, shapes: tuple[tuple[int, tuple[int, ...]], ...]) -> fx.GraphModule:
+        """Return ``graph`` with some placeholders, by number, reshaped first; the same one each time."""
+        if shapes not in self.folded:
+            copy = fx.GraphModule(graph, fx.Graph())
+            values: dict[fx.Node, fx.Node] = {}
+            placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+            to = {placeholders[index]: shape for index, shape in shapes}
+            for node in graph.graph.nodes:
+                made = values[node] = copy.graph.node_copy(node, lambda n: values[n])
+                if node in to:
+                    reshape = torch.ops.aten.reshape.default
+                    values[node] = copy.graph.call_function(reshape, (made, list(to[node])))
+            # The output of a graph that reads a placeholder reads what that became.
+            copy.recompile()
+            self.folded[shapes] = copy
+        return self.folded[shapes]
 
     def pack(self, value: torch.Tensor, leading: int = 0) -> torch.Tensor:
         """Lay ``(..., rows, *shape)`` out as ``run`` takes it, with ``leading`` dimensions before the rows."""
@@ -312,7 +335,7 @@ class BatchedBody:
                     for f, w in zip(found, wanted, strict=True)
                     if isinstance(w, torch.Tensor)
                 )
-            except _MISFITS as misfit:
+            except MISFITS as misfit:
                 logger.debug("body %s does not run as %s: %s", type(self.body).__name__, strategy.name, misfit)
                 continue
             if agrees:

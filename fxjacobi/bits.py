@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Difference", "equal_elements", "first_difference", "same_bits", "ulp_distance"]
+__all__ = ["Difference", "bits_of", "equal_elements", "first_difference", "same_bits", "ulp_distance"]
 
 _FARTHEST = torch.iinfo(torch.int64).max
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -47,16 +47,18 @@ def _real(value: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
+def bits_of(value: torch.Tensor) -> torch.Tensor:
+    """Return the bits as integers, both parts of complex numbers: NaN equals itself then, and -0.0 differs from 0.0."""
+    if value.is_complex():
+        value = torch.view_as_real(value.resolve_conj())
+    if value.is_neg():
+        value = value.resolve_neg()
+    return value.view(_INTEGER_OF_SIZE[value.element_size()])
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are the same value to every bit: NaN equals itself, ``-0.0`` is not ``0.0``."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    if a.is_floating_point():
-        integer = _INTEGER_OF_SIZE[a.element_size()]
-        a, b = a.view(integer), b.view(integer)
-    return torch.equal(a, b)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits_of(a), bits_of(b))
 
 
 def equal_elements(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,11 @@ same results. A bare loop is the sequential block.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 from fxjacobi.loops import Kind, Loop
-from fxjacobi.plan import BlockPlan, Candidate
+from fxjacobi.plan import BlockPlan, Candidate, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +29,7 @@ __all__ = [
     "method_of",
     "plan_of_block",
     "plan_of_graph",
+    "plan_of_now",
 ]
 
 
@@ -115,6 +117,18 @@ def plan_of_block(name: str, module: nn.Module, node: fx.Node, candidates: tuple
         candidates=candidates,
         memory_bytes=getattr(module, "memory_bytes", None),
     )
+
+
+def plan_of_now(plan: Plan, module: fx.GraphModule) -> Plan:
+    """The plan with what its blocks say of themselves now: they go on measuring while they are called."""
+    rows = []
+    for row in plan.blocks:
+        block = module.get_submodule(row.name) if row.kind is not None else module
+        if row.kind is not None and _is_block(block):
+            reason, proof = block.reason or row.reason, getattr(block, "proof_sentence", "")
+            row = replace(row, method=method_of(module.get_submodule(row.name)), reason=reason, proof=proof)
+        rows.append(row)
+    return replace(plan, blocks=tuple(rows))
 
 
 def _sequential_reason(loop: Loop) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["Constants", "constant", "held"]
+__all__ = ["Constants", "constant", "held", "positions"]
 
 Constants = dict[tuple[Any, ...], torch.Tensor]
 """What a captured program holds on to: its graph reads these tensors' memory for as long as it lives."""
+
+_KEPT = 1024
+"""Numbers of a tensor that is kept for good."""
 
 _held: ContextVar[Constants | None] = ContextVar("fxjacobi_constants", default=None)
 
@@ -44,3 +48,17 @@ def constant(values: Sequence[Any], *, device: torch.device, dtype: torch.dtype 
         with _disable_current_modes():  # made before the capture, while the program is run for the first time
             known[key] = torch.tensor(values, dtype=dtype, device=device)
     return known[key]
+
+
+def positions(steps: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return ``torch.tensor(steps, device=device)``, kept from call to call where it is short; nobody may write to it."""
+    if _held.get() is not None or len(steps) > _KEPT:
+        return constant(steps, device=device, dtype=torch.int64)
+    return _positions(steps, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _positions(steps: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # Neither a mode's own kind of tensor nor one that autograd may not save.
+    with _disable_current_modes(), torch.inference_mode(mode=False):
+        return torch.tensor(steps, dtype=torch.int64, device=device)

@@ -20,9 +20,9 @@ from fxjacobi.graph import is_random
 from fxjacobi.loops import Binding, Carried, Invariant, Loop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterable, Iterator
 
-__all__ = ["Component", "Equations", "body_outputs", "draws", "equations_of", "is_effect"]
+__all__ = ["Component", "Equations", "body_outputs", "draws", "equations_of", "is_effect", "resting_on"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,18 @@ class Equations:
     def recurrences(self) -> tuple[Component, ...]:
         """The components with a cycle."""
         return tuple(component for component in self.components if component.cyclic)
+
+
+def resting_on(ends: Iterable[fx.Node], stop: Container[fx.Node] = ()) -> set[fx.Node]:
+    """Return ``ends`` and all that they rest on; those of ``stop`` are left out, and what is reached only through them."""
+    pending = list(ends)
+    found: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in found and node not in stop:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
 
 
 def body_outputs(body: fx.GraphModule) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from fxjacobi.batched import BatchedMap, select_each
 from fxjacobi.device.rehearsal import rehearse
 from fxjacobi.emit import elements, memory_of, rebuilt, size_in_bytes
 from fxjacobi.equations import body_outputs
-from fxjacobi.graph import Spec, TensorSpec, spec_of, spec_of_value, stamp
+from fxjacobi.graph import Spec, TensorSpec, spec_of, spec_of_value, stamp, stamp_all
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
 from fxjacobi.measuring import (
     MISFITS,
@@ -35,7 +35,6 @@ from fxjacobi.measuring import (
     Value,
     same_values,
     seconds_of,
-    stamp_all,
 )
 from fxjacobi.operation import Role
 from fxjacobi.samples import sample_operands

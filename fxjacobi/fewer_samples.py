@@ -9,6 +9,7 @@ solve: so the answer does not rest on the smaller programs' bits, only the gain 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from fxjacobi.array_loop import array_loop
 from fxjacobi.emit import dense_stride
 from fxjacobi.sample_axis import NotPerSample, SampleAxis, take
+from fxjacobi.sample_gain import SampleGain
 from fxjacobi.sampling_solve import SamplingSolve
 from fxjacobi.smaller_batch import SmallerBatch, smaller_batch
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from fxjacobi.causality import CausalityProof
     from fxjacobi.sampling import JacobiWrites
+    from fxjacobi.sampling_array import SamplingArray
 
 __all__ = ["FewerSamples", "Samples", "fewer_samples"]
 
@@ -51,6 +54,21 @@ class Samples:
     dim: int
     numbers: tuple[torch.Tensor, ...]
 
+    def among(self, k: int, elements: torch.Tensor) -> torch.Tensor:
+        """Return the samples of some elements, by their index, that the ``k``-th write of a step writes."""
+        found: torch.Tensor = elements if self.in_order[k] else self.numbers[k][elements].unique()
+        return found
+
+    def union(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the samples that occur in any of ``parts``, in order, each once."""
+        found: torch.Tensor = parts[0] if len(parts) == 1 else torch.cat([self.numbers[0][:0], *parts]).unique()
+        return found
+
+    @cached_property
+    def in_order(self) -> tuple[bool, ...]:
+        """For each write of a step, whether its n-th element is sample n's."""
+        return tuple(bool((own == torch.arange(len(own), device=own.device)).all()) for own in self.numbers)
+
 
 class FewerSamples:
     """A block for fewer samples, made when it is first needed.
@@ -60,11 +78,12 @@ class FewerSamples:
         build: Makes a block of a proof.
         proof: The proof for all samples, which holds for each of them.
         device: Where the array is.
+        build_s: Seconds that a block took to be made for all samples.
 
     Attributes:
         size: How many samples it takes.
         checked: Whether a sweep of it was seen to have the bits of a whole sweep, and to be faster.
-        whole_s: Seconds of a whole sweep, where measured.
+        gain: What it may gain.
     """
 
     def __init__(
@@ -73,6 +92,7 @@ class FewerSamples:
         build: Callable[[CausalityProof], JacobiWrites],
         proof: CausalityProof,
         device: torch.device,
+        build_s: float,
     ) -> None:
         self.smaller = smaller
         self.size = smaller.fewer
@@ -81,7 +101,7 @@ class FewerSamples:
         self._proof = proof
         self._device = device
         self._block: JacobiWrites | None = None
-        self.whole_s = 0.0
+        self.gain = SampleGain(smaller.samples, smaller.fewer, build_s)
         self._calls, self._gain_s = 0, 0.0
 
     @property
@@ -96,7 +116,7 @@ class FewerSamples:
         """Record what ``sweeps`` sweeps of fewer samples took in one call; whole ones are saved, and one is added."""
         self._calls += 1
         if self._calls > 1:  # the first call may have made programs
-            self._gain_s += (sweeps - 1) * self.whole_s - seconds
+            self._gain_s += (sweeps - 1) * self.gain.whole_s - seconds
 
     @property
     def wasteful(self) -> bool:
@@ -113,7 +133,8 @@ class FewerSamples:
     def start(self, whole: SamplingSolve, kept: torch.Tensor) -> SamplingSolve:
         """Return the solve for the samples ``kept``, at the point that ``whole`` has reached."""
         part = SamplingSolve(self.block, self.smaller.operands(whole.operands, kept))
-        part.flat, part.final = self.get(whole.flat, kept), whole.final
+        part.array.load(self.get(whole.array.flat, kept))
+        part.final = whole.final
         names = {node.name: node for node in part.structure.states}
         for node, handed in whole.states.items():
             name, axis = self.smaller.states[node.name]
@@ -127,11 +148,12 @@ class FewerSamples:
             -1
         )
 
-    def put(self, flat: torch.Tensor, kept: torch.Tensor, part: torch.Tensor) -> None:
-        """Write ``part`` back into the flattened array."""
-        whole = flat.view(self._proof.structure.array_spec.shape)
-        dim = self._axis.dim
-        whole.index_copy_(dim, kept, part.view(*whole.shape[:dim], self.size, *whole.shape[dim + 1 :]))
+    def put(self, whole: SamplingArray, kept: torch.Tensor, part: SamplingArray) -> None:
+        """Write ``part`` back into the array."""
+        shape = self._proof.structure.array_spec.shape
+        values = part.flat.view(part.spec.shape)
+        whole.flat.view(shape).index_copy_(self._axis.dim, kept, values)
+        whole.load(whole.flat)
 
     @property
     def _axis(self) -> SampleAxis:
@@ -139,7 +161,10 @@ class FewerSamples:
 
 
 def fewer_samples(
-    proof: CausalityProof, written: Sequence[torch.Tensor], build: Callable[[CausalityProof], JacobiWrites]
+    proof: CausalityProof,
+    written: Sequence[torch.Tensor],
+    build: Callable[[CausalityProof], JacobiWrites],
+    build_s: float,
 ) -> tuple[Samples | None, FewerSamples | None, str]:
     """Return the samples of a proven loop's array, a block for about half of them, and why there is none.
 
@@ -147,6 +172,7 @@ def fewer_samples(
         proof: The proof.
         written: For each write of a step, ``(T, elements)`` positions in the flattened array.
         build: Makes a block of a proof for fewer samples.
+        build_s: Seconds that this took for all of them.
     """
     spec = proof.structure.array_spec
     found: Samples | None = None
@@ -165,7 +191,7 @@ def fewer_samples(
         except NotPerSample as mixed:
             reason = reason or f"each sweep runs all {count} samples: {mixed}"
         else:
-            return samples, FewerSamples(smaller, build, proof, spec.device), ""
+            return samples, FewerSamples(smaller, build, proof, spec.device, build_s), ""
     return found, None, reason
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
+from fxjacobi.bits import bits_of
 from fxjacobi.certificate import Certificate, Solution
 from fxjacobi.device.fixed_point import FixedPointForm
-from fxjacobi.device.form import Forms
+from fxjacobi.device.form import Explained, Forms
 from fxjacobi.equal_steps import equal_steps
 from fxjacobi.errors import PassError
 from fxjacobi.loops import Carried, Kind, Loop, Stacked, Step
@@ -26,16 +26,6 @@ _PATIENCE = 16
 
 _REASON = "nothing changes from step to step but the state, so its first exact repeat ends it"
 
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(value: torch.Tensor) -> torch.Tensor:
-    if value.is_complex():
-        value = torch.view_as_real(value.resolve_conj())
-    if value.is_neg():
-        value = value.resolve_neg()
-    return value.view(_INTEGER_OF_SIZE[value.element_size()])
-
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
@@ -43,7 +33,7 @@ def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a kernel cannot tell ``a`` from ``b``: the same bits (of NaNs and zeros too), dtype, shape and strides."""
-    return a is b or (_same_layout(a, b) and torch.equal(_bits(a.detach()), _bits(b.detach())))
+    return a is b or (_same_layout(a, b) and torch.equal(bits_of(a.detach()), bits_of(b.detach())))
 
 
 class _State:
@@ -59,7 +49,7 @@ class _State:
         """The bits of one value."""
         found = self._bits[index]
         if found is None:
-            found = self._bits[index] = _bits(self.values[index])
+            found = self._bits[index] = bits_of(self.values[index])
         return found
 
     def equals(self, other: _State) -> bool:
@@ -70,7 +60,7 @@ class _State:
         return all(a is b or _same_layout(a, b) for a, b in zip(self.values, other.values, strict=True))
 
 
-class FixedPoint(nn.Module):
+class FixedPoint(Explained):
     """``x_t = f(x_{t-1}, ..., x_{t-d})`` for ``t < T``, stopped at the first state that was there before.
 
     ``f`` is a deterministic function of the carried state and of values that are the same at every step. Where the
@@ -101,16 +91,12 @@ class FixedPoint(nn.Module):
             raise PassError(f"a {loop.kind.value} is no fixed-point iteration")
         self.loop = loop
         self.last: Solution | None = None
+        self.reason = _REASON
         self._forms = Forms(lambda runner, device: FixedPointForm(loop, runner, device))
         self._carries = tuple(b for b in loop.bindings if isinstance(b, Carried))
         self._reach = max(b.distance for b in self._carries)
         self._keep_all = any(isinstance(r, Stacked) for r in loop.results)
         self._wanted = frozenset(r.step for r in loop.results if isinstance(r, Step))
-
-    @property
-    def reason(self) -> str:
-        """Why it is solved so, and what of it is captured on a device."""
-        return self._forms.explain(_REASON)
 
     def forward(self, *operands: Any) -> tuple[Any, ...]:
         """Return the loop's results, and leave a :class:`Solution` in ``last``."""
@@ -153,7 +139,7 @@ class FixedPoint(nn.Module):
             before = state
             self._forget(outputs, step)
         self.last = Solution(trip_count, Certificate.SEQUENTIAL)
-        return self._collect(outputs)
+        return self.loop.collect(outputs)
 
     def _evaluate(self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int) -> Sequence[Any]:
         body = self.loop.body.forward if torch.is_grad_enabled() else one_step(self.loop)
@@ -210,7 +196,7 @@ class FixedPoint(nn.Module):
                     outputs[later] = [placed_copy(v) if isinstance(v, torch.Tensor) else v for v in outputs[same]]
                 shown.add(same)
         self.last = Solution(sweeps, Certificate.REPEATED if period == 1 else Certificate.CYCLED)
-        return self._collect(outputs)
+        return self.loop.collect(outputs)
 
     def _repeat_recorded(
         self, operands: Sequence[Any], outputs: dict[int, Sequence[Any]], step: int
@@ -223,17 +209,7 @@ class FixedPoint(nn.Module):
             outputs[later] = equal_steps(self.loop, later - now, arguments, values)
             now = later
         self.last = Solution(step, Certificate.REPEATED)
-        return self._collect(outputs)
-
-    def _collect(self, outputs: dict[int, Sequence[Any]]) -> tuple[Any, ...]:
-        results: list[Any] = []
-        for result in self.loop.results:
-            match result:
-                case Step(output, step):
-                    results.append(outputs[step][output])
-                case Stacked(output):
-                    results.append(torch.stack([outputs[t][output] for t in range(self.loop.trip_count)]))
-        return tuple(results)
+        return self.loop.collect(outputs)
 
     def extra_repr(self) -> str:
         """Show the trip count."""

@@ -16,7 +16,7 @@ from fxjacobi.loops import Carried, Invariant, Literal, Loop
 if TYPE_CHECKING:
     from fxjacobi.methods.method import Method
 
-__all__ = ["StateSize", "bytes_of", "row_bytes", "solve_bytes"]
+__all__ = ["StateSize", "bytes_of", "input_bytes", "row_bytes", "solve_bytes"]
 
 _rows: weakref.WeakKeyDictionary[Loop, int] = weakref.WeakKeyDictionary()
 
@@ -80,13 +80,15 @@ def row_bytes(loop: Loop) -> int:
     """Return the bytes that one step of a batched evaluation holds: its inputs, and the most that lives at once."""
     found = _rows.get(loop)
     if found is None:
-        inputs = 0
-        placeholders = [node for node in loop.body.graph.nodes if node.op == "placeholder"]
-        for placeholder, binding in zip(placeholders, loop.bindings, strict=True):
-            if not isinstance(binding, (Invariant, Literal)):
-                inputs += bytes_of(placeholder.meta.get("spec"))
-        found = _rows[loop] = inputs + _live_bytes(loop.body)
+        found = _rows[loop] = input_bytes(loop) + _live_bytes(loop.body)
     return found
+
+
+def input_bytes(loop: Loop) -> int:
+    """Return the bytes of what one step reads that varies from step to step, the state before it included."""
+    placeholders = [node for node in loop.body.graph.nodes if node.op == "placeholder"]
+    varying = [p for p, b in zip(placeholders, loop.bindings, strict=True) if not isinstance(b, (Invariant, Literal))]
+    return sum(bytes_of(placeholder.meta.get("spec")) for placeholder in varying)
 
 
 def _live_bytes(body: fx.GraphModule) -> int:
@@ -129,8 +131,8 @@ def _is_view(node: fx.Node) -> bool:
 def solve_bytes(loop: Loop, method: Method, memory_limit: int | None = None) -> int:
     """Return an estimate of the bytes that a solve holds at its peak, beyond its operands.
 
-    Two trajectories and their difference, the stacked outputs, one batched evaluation of all steps (or of as many as
-    ``memory_limit`` admits), and what the method itself holds.
+    Two trajectories and their difference, the stacked outputs, one batched evaluation of as many steps as the method takes
+    at once (and ``memory_limit`` admits), and what the method itself holds.
     """
     steps = loop.trip_count
     size = StateSize.of(loop)
@@ -138,6 +140,7 @@ def solve_bytes(loop: Loop, method: Method, memory_limit: int | None = None) -> 
     output = next(node for node in reversed(loop.body.graph.nodes) if node.op == "output")
     others = sum(bytes_of(output.args[0][o].meta.get("spec")) for o in outputs)
     row, own = max(1, row_bytes(loop)), max(1, method.bytes_per_step(loop, size))
-    rows = steps if memory_limit is None else max(1, min(steps, memory_limit // row))
+    rows = method.rows_at_once(steps, size.reach)
+    rows = rows if memory_limit is None else max(1, min(rows, memory_limit // row))
     window = steps if memory_limit is None else max(1, min(steps, memory_limit // own))
     return steps * (3 * size.bytes + others) + rows * row + (window * own if own > 1 else 0)

@@ -24,10 +24,10 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from fxjacobi.errors import PassError
-from fxjacobi.ops import draw
+from fxjacobi.ops import draw, draw_each
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "Site",
@@ -40,6 +40,7 @@ __all__ = [
     "spec_of",
     "spec_of_value",
     "stamp",
+    "stamp_all",
 ]
 
 
@@ -100,6 +101,19 @@ def stamp(node: fx.Node, spec: Spec, site: Site | None = None) -> fx.Node:
     return node
 
 
+class _Stamper(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "output":
+            stamp(n, spec_of_value(value), site_of(n))
+        return value
+
+
+def stamp_all(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Run ``module``, put the specs of what it computes on its nodes, and return what it returns."""
+    return _Stamper(module, garbage_collect_values=True).run(*inputs)
+
+
 def make_module(root: torch.nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
     """A ``GraphModule`` whose Python code is written when it is first run or printed.
 
@@ -119,7 +133,7 @@ def is_random(node: fx.Node) -> bool:
 def _may_draw(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return torch.Tag.nondeterministic_seeded in target.tags
-    return target is draw
+    return target is draw or target is draw_each
 
 
 def _drops_nothing(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from torch import fx
 from fxjacobi.graph import TensorSpec, spec_of
 from fxjacobi.loops import Carried, Loop
 from fxjacobi.ops import write
+from fxjacobi.rule_table import overloads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,26 +42,17 @@ class Affinity:
     diagonal: bool
 
 
-def _overloads(*names: str) -> frozenset[Any]:
-    found: set[Any] = set()
-    for name in names:
-        packet_name, _, overload = name.partition(".")
-        packet = getattr(aten, packet_name)
-        found.update([getattr(packet, overload)] if overload else [getattr(packet, o) for o in packet.overloads()])
-    return frozenset(found)
-
-
 # Affine in the first argument, free of the rest; flat order kept.
-_KEEPING = _overloads(
+_KEEPING = frozenset(overloads(
     "neg.default", "clone.default", "alias.default", "detach.default", "view.default", "reshape.default", "positive.default",
     "_unsafe_view.default", "unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "flatten.using_ints",
     "unflatten.int", "contiguous.default", "lift_fresh.default", "lift_fresh_copy.default", "view_copy.default",
     "_to_copy.default", "to.dtype", "unsqueeze_copy.default", "tanh_backward.default", "sigmoid_backward.default",
     "threshold_backward.default", "gelu_backward.default", "silu_backward.default", "elu_backward.default",
     "leaky_relu_backward.default", "softplus_backward.default", "hardtanh_backward.default",
-)  # fmt: skip
+))  # fmt: skip
 # Affine in the first argument, free of the rest; elements move or add up.
-_MOVING = _overloads(
+_MOVING = frozenset(overloads(
     "transpose.int", "t.default", "permute.default", "expand.default", "select.int", "slice.Tensor", "split.Tensor",
     "split_with_sizes.default", "split.sizes", "chunk.default", "unsafe_chunk.default", "unsafe_split.Tensor",
     "unsafe_split_with_sizes.default", "unbind.int", "sum.default", "sum.dim_IntList", "mean.default", "mean.dim",
@@ -68,27 +60,31 @@ _MOVING = _overloads(
     "constant_pad_nd.default", "index_select.default", "gather.default", "index.Tensor", "movedim.int", "movedim.intlist",
     "narrow.default", "repeat_interleave.self_int", "diag_embed.default", "swapaxes.default", "trace.default",
     "masked_fill.Scalar", "mT.default", "avg_pool1d.default", "avg_pool2d.default", "expand_as.default", "broadcast_to.default",
-)  # fmt: skip
+))  # fmt: skip
 # Sums: affine in all tensor arguments together.
-_SUMS = _overloads("add.Tensor", "sub.Tensor", "rsub.Tensor", "add.Scalar", "sub.Scalar", "rsub.Scalar")
-_JOINS = _overloads(
-    "cat.default", "stack.default", "select_scatter.default", "slice_scatter.default", "diagonal_scatter.default"
+_SUMS = frozenset(overloads("add.Tensor", "sub.Tensor", "rsub.Tensor", "add.Scalar", "sub.Scalar", "rsub.Scalar"))
+_JOINS = frozenset(
+    overloads(
+        "cat.default", "stack.default", "select_scatter.default", "slice_scatter.default", "diagonal_scatter.default"
+    )
 )
 # Products: linear in each of the first two tensor arguments.
-_SCALED = _overloads("mul.Tensor", "mul.Scalar")
-_PRODUCTS = _overloads(
-    "mm.default", "bmm.default", "matmul.default", "mv.default", "dot.default", "outer.default", "inner.default"
+_SCALED = frozenset(overloads("mul.Tensor", "mul.Scalar"))
+_PRODUCTS = frozenset(
+    overloads(
+        "mm.default", "bmm.default", "matmul.default", "mv.default", "dot.default", "outer.default", "inner.default"
+    )
 )
 # Divisions: linear in the first, free of the second.
-_QUOTIENTS = _overloads("div.Tensor", "div.Scalar", "true_divide.Tensor")
+_QUOTIENTS = frozenset(overloads("div.Tensor", "div.Scalar", "true_divide.Tensor"))
 # A term plus a product: argument 0 + argument 1 x argument 2.
-_FUSED = _overloads("addmm.default", "addmv.default", "baddbmm.default", "addbmm.default", "addr.default")
-_POINTWISE_FUSED = _overloads("addcmul.default")
+_FUSED = frozenset(overloads("addmm.default", "addmv.default", "baddbmm.default", "addbmm.default", "addr.default"))
+_POINTWISE_FUSED = frozenset(overloads("addcmul.default"))
 # Values free of the values of their arguments.
-_SHAPES = _overloads(
+_SHAPES = frozenset(overloads(
     "zeros_like.default", "ones_like.default", "full_like.default", "new_zeros.default", "new_ones.default",
     "new_full.default",
-)  # fmt: skip
+))  # fmt: skip
 
 
 def _size(node: fx.Node) -> int | None:

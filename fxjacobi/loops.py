@@ -20,7 +20,7 @@ from torch import fx, nn
 from fxjacobi.errors import PassError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = [
     "Binding",
@@ -35,6 +35,7 @@ __all__ = [
     "Step",
     "Table",
     "align_rows",
+    "read_at",
 ]
 
 
@@ -84,6 +85,40 @@ class Invariant:
 
 
 Binding: TypeAlias = Carried | Scanned | Table | Literal | Invariant
+
+
+def _slice(value: Any, scanned: Scanned, index: int) -> Any:
+    return value.select(scanned.dim, index)
+
+
+def read_at(
+    binding: Binding,
+    step: int,
+    operands: Sequence[Any],
+    outputs: Sequence[Sequence[Any]],
+    select: Callable[[Any, Scanned, int], Any] = _slice,
+) -> Any:
+    """Return what a placeholder reads at ``step``, in whatever form the operands come: tensors, nodes, abstract values.
+
+    Args:
+        binding: Of the placeholder.
+        step: One of ``0 .. T-1``.
+        operands: The loop's.
+        outputs: ``outputs[t]`` are the body's outputs of the steps before, in the same form.
+        select: ``select(operand, scanned, index)`` is the slice of a scanned operand in that form.
+    """
+    match binding:
+        case Carried(output, distance, init):
+            before = step - distance
+            return outputs[before][output] if before >= 0 else operands[init[step]]
+        case Scanned(operand, _, indices):
+            return select(operands[operand], binding, indices[step])
+        case Table(table):
+            return operands[table[step]]
+        case Literal(values):
+            return values[step]
+        case Invariant(operand):
+            return operands[operand]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,21 +194,7 @@ class Loop(nn.Module):
 
     def bind(self, operands: Sequence[Any], step: int, outputs: Sequence[Sequence[Any]]) -> list[Any]:
         """Return the body's arguments at ``step``; ``outputs[t]`` are the body's outputs of the steps before."""
-        arguments: list[Any] = []
-        for binding in self.bindings:
-            match binding:
-                case Carried(output, distance, init):
-                    before = step - distance
-                    arguments.append(outputs[before][output] if before >= 0 else operands[init[step]])
-                case Scanned(operand, dim, indices):
-                    arguments.append(operands[operand].select(dim, indices[step]))
-                case Table(table):
-                    arguments.append(operands[table[step]])
-                case Literal(values):
-                    arguments.append(values[step])
-                case Invariant(operand):
-                    arguments.append(operands[operand])
-        return arguments
+        return [read_at(binding, step, operands, outputs) for binding in self.bindings]
 
     def align(self, operands: Sequence[Any]) -> tuple[Any, ...]:
         """Return the operands with the rows of owned stacks aligned in memory as tensors of their own are."""
@@ -183,15 +204,24 @@ class Loop(nn.Module):
                 aligned[binding.operand] = align_rows(aligned[binding.operand])
         return tuple(aligned)
 
-    def collect(self, outputs: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
-        """Return the loop's results, given the body's outputs at every step."""
+    def collect(
+        self,
+        outputs: Sequence[Sequence[Any]] | Mapping[int, Sequence[Any]],
+        stack: Callable[[list[Any]], Any] = torch.stack,
+    ) -> tuple[Any, ...]:
+        """Return the loop's results, given the body's outputs at every step that they name.
+
+        Args:
+            outputs: ``outputs[t]`` are those of step ``t``, in whatever form (:func:`read_at`).
+            stack: Joins the values of all steps in that form.
+        """
         results: list[Any] = []
         for result in self.results:
             match result:
                 case Step(output, step):
                     results.append(outputs[step][output])
                 case Stacked(output):
-                    results.append(torch.stack([values[output] for values in outputs]))
+                    results.append(stack([outputs[t][output] for t in range(self.trip_count)]))
         return tuple(results)
 
     def forward(self, *operands: Any) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from fxjacobi.batched import BatchedMap
 from fxjacobi.emit import rebuilt
 from fxjacobi.equations import body_outputs
 from fxjacobi.fixed_point import FixedPoint
-from fxjacobi.graph import Spec, TensorSpec, site_of, spec_of, spec_of_value, stamp
+from fxjacobi.graph import Spec, TensorSpec, site_of, spec_of, spec_of_value, stamp, stamp_all
 from fxjacobi.loops import Loop
 from fxjacobi.operation import Operation, Role, Way
 from fxjacobi.placement import rounding_phase
@@ -38,7 +38,6 @@ __all__ = [
     "Value",
     "same_values",
     "seconds_of",
-    "stamp_all",
 ]
 
 Candidates: TypeAlias = "Callable[[Operation], Iterator[tuple[Way, fx.GraphModule]]]"
@@ -350,16 +349,3 @@ def _parts(spec: Spec) -> tuple[Spec, ...]:
 
 def _flat(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-class _Stamper(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op != "output":
-            stamp(n, spec_of_value(value), site_of(n))
-        return value
-
-
-def stamp_all(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Run ``module`` and put the specs of what it computes on its nodes."""
-    _Stamper(module, garbage_collect_values=True).run(*inputs)

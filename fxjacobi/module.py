@@ -116,7 +116,7 @@ class SolvedModule(nn.Module):
         """The plan of the last call's specialisation."""
         if self._last is None:
             return Plan((), (), False, "not called yet: the first call records and plans")
-        return self._last.plan
+        return self._last.current_plan()
 
     @property
     def report(self) -> Report:

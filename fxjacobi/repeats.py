@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from fxjacobi.loops import Carried, Invariant, Literal, Scanned, Table
-from fxjacobi.tape import NOT_A_SELECT
+from fxjacobi.rotation import rotation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -135,7 +135,7 @@ class _Search:
             if (free_start, free_stop) != (start, stop):
                 self.push(period, verified, free_start, free_stop)
             elif verified:
-                repeat = _rotate(tape, start, stop, period, self.minimum_trips)
+                repeat = Repeat(*rotation(tape, start, stop, period, self.minimum_trips))
                 bisect.insort(self.taken, (repeat.start, repeat.stop))
                 yield repeat
             else:
@@ -247,37 +247,6 @@ def _consistent(tape: Tape, start: int, stop: int, period: int) -> tuple[list[tu
             cuts.append(node)
     intervals.append((here, stop))
     return intervals, np.asarray(cuts, dtype=np.int64)
-
-
-def _rotate(tape: Tape, start: int, stop: int, period: int, minimum_trips: int) -> Repeat:
-    """Choose where in ``[start, stop)`` iterations begin: where the fewest values live on into the next.
-
-    Of equals it is that by which the last iteration ends with the stretch: first iterations differ more often than last
-    ones. A cut between an operation of several outputs and the ``getitem`` that unpacks it would carry a tuple; one
-    iteration is given up where that avoids it.
-    """
-    trips, slack = divmod(stop - start, period)
-    middle = start + trips // 2 * period  # what crosses the ends may be special
-    begin, end = int(tape.first[middle]), int(tape.first[middle + period])
-    used = ~tape.literal[begin:end] & (tape.values[begin:end] >= start)
-    values, owner = tape.values[begin:end][used], tape.owner[begin:end][used]
-    position = (values - start) % period
-    life = np.zeros(period, dtype=np.int64)
-    np.maximum.at(life, position, owner - values)
-    nodes = np.arange(middle, middle + period)
-    base = tape.select_base[nodes]
-    weight = np.where((base != NOT_A_SELECT) & (base < start), 0, 1)
-    weight[[isinstance(tape.nodes[node].meta["spec"], tuple) for node in nodes.tolist()]] = 1 << 20
-    cost = np.full(period, int((life // period * weight).sum()))
-    for at in np.flatnonzero(life % period).tolist():
-        cost[(at + 1 + np.arange(life[at] % period)) % period] += weight[at]
-    cost = 2 * cost + 1
-    cost[slack] -= 1
-    shift = int(np.argmin(cost[: slack + 1]))
-    if cost[shift] >= 1 << 20 and trips > minimum_trips:
-        trips -= 1
-        shift = int(np.argmin(cost))
-    return Repeat(start + shift, period, trips)
 
 
 def indices_of(values: Integers) -> Sequence[int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxjacobi.attention_names import ATTENTION
 from fxjacobi.graph import TensorSpec, spec_of
 from fxjacobi.sample_rules import (
     Axes,
@@ -187,11 +188,7 @@ def _linear(s: Shrink, node: fx.Node) -> Resized:
     return axis, *with_parts(s, node, {0: axis})
 
 
-@sample_rule(
-    "scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math",
-    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-)  # fmt: skip
+@sample_rule(*ATTENTION)
 def _attention(s: Shrink, node: fx.Node) -> Resized:
     nodes: list[fx.Node] = [n for n in node.args[:3] if isinstance(n, fx.Node)]
     axis = broadcast(s, node, shape_of(nodes[0]), nodes)

@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from fxjacobi import ops
-from fxjacobi.causal_rules.registry import overloads
 from fxjacobi.causal_rules.views import MOVES
 from fxjacobi.graph import TensorSpec, spec_of
+from fxjacobi.rule_table import overloads
 from fxjacobi.sample_axis import SampleAxis, axis_of_ids, resized, sample_ids, take
 from fxjacobi.sample_rules import Resized, Shrink, given, mixes, only, sample_rule, shape_of, with_parts
 

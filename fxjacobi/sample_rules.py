@@ -14,8 +14,8 @@ from torch.fx.node import map_arg
 
 from fxjacobi.causal_rules.pointwise import is_pointwise
 from fxjacobi.causal_rules.reductions import argument
-from fxjacobi.causal_rules.registry import overloads
 from fxjacobi.graph import TensorSpec, site_of, spec_of
+from fxjacobi.rule_table import RuleTable, overloads
 from fxjacobi.sample_axis import NotPerSample, SampleAxis
 
 if TYPE_CHECKING:
@@ -51,19 +51,8 @@ class Shrink(Protocol):
 
 
 Rule: TypeAlias = "Callable[[Shrink, fx.Node], Resized]"
-_RULES: dict[object, Rule] = {}
-
-
-def sample_rule(*targets: object) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen names or callables."""
-
-    def register(function: Rule) -> Rule:
-        for target in targets:
-            for one in overloads(target) if isinstance(target, str) else [target]:
-                _RULES[one] = function
-        return function
-
-    return register
+_RULES: RuleTable[Rule] = RuleTable()
+sample_rule = _RULES.register
 
 
 def mixes(node: fx.Node, why: str = "mixes them") -> NotPerSample:
@@ -129,7 +118,7 @@ def rule_of(node: fx.Node) -> Rule:
     Raises:
         NotPerSample: There is none.
     """
-    found = _RULES.get(node.target)
+    found = _RULES.find(node.target)
     if found is not None:
         return found
     if is_pointwise(node.target) or node.target in _LIKE:

@@ -17,16 +17,18 @@ comes about only at a step in the middle, from the unwritten part's initial valu
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from fxjacobi.array_places import Places, places
 from fxjacobi.array_programs import Programs, programs
 from fxjacobi.causal_rules.interpreter import operand_value
 from fxjacobi.causality import CausalityProof, Refusal, prove
 from fxjacobi.certificate import Certificate, Solution
-from fxjacobi.device.form import Forms
+from fxjacobi.device.form import Explained, Forms
 from fxjacobi.device.sampling import SamplingForm
 from fxjacobi.emit import size_in_bytes
 from fxjacobi.fewer_samples import FewerSamples, Samples, fewer_samples
@@ -37,12 +39,14 @@ from fxjacobi.sampling_solve import SamplingSolve
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from torch import fx
+
 __all__ = ["JacobiWrites"]
 
 _log = logging.getLogger(__name__)
 
 
-class JacobiWrites(nn.Module):
+class JacobiWrites(Explained):
     """A causal sampling loop solved by Jacobi sweeps; takes the loop's operands and returns its results.
 
     It runs the loop itself, in the ordinary order, where gradients are wanted.
@@ -93,6 +97,7 @@ class JacobiWrites(nn.Module):
 
     def _adopt(self, proof: CausalityProof, window: int | None, restrided: bool) -> None:
         """Build the programs of ``proof``, which holds for the constants as they are now."""
+        begun = time.perf_counter()
         structure = proof.structure
         self._versions = {name: tensor._version for name, tensor in self.watched.items()}
         self.proof = proof
@@ -106,9 +111,11 @@ class JacobiWrites(nn.Module):
         self._dropping = ""
         device = structure.array_spec.device
         self.written = [write.positions.reshape(structure.trip_count, -1).to(device) for write in structure.writes]
+        self.places = [places(positions) for positions in self.written]
         self._set_window(window, self._fitting())
         if self.drop:
-            self.samples, self.fewer, self._dropping = fewer_samples(proof, self.written, self._smaller)
+            build_s = time.perf_counter() - begun
+            self.samples, self.fewer, self._dropping = fewer_samples(proof, self.written, self._smaller, build_s)
         if self.fewer is not None:
             self._dropping = f"samples that are final are left out once {self.fewer.size} are not"
         self._explain()
@@ -128,13 +135,13 @@ class JacobiWrites(nn.Module):
         self.tail: nn.Module = self.batch(self.parts.tail) if batched and self.batch else self.parts.tail
         self.method = "jacobi" if self.window is None else f"jacobi (window of {self.window})"
         self._forms = Forms(lambda runner, device: SamplingForm(self, runner, device))
-        self.selected = {}
+        self.selected: dict[fx.Node, Places] = {}
         # A read of an element before it is written sees what was there before the loop.
-        self.early = {}
+        self.early: dict[fx.Node, torch.Tensor] = {}
         device = structure.array_spec.device
         for node in (one.node for one in self.parts.inputs if one.kind == "access"):
             source, positions = structure.accesses[node].source, structure.accesses[node].positions
-            self.selected[node] = positions.to(device)
+            self.selected[node] = places(positions.to(device))
             if source in structure.versions:
                 rank = self.proof.position_ranks.reshape(-1)[positions]
                 clock = torch.arange(structure.trip_count) * len(self.written) + structure.versions[source]
@@ -195,15 +202,6 @@ class JacobiWrites(nn.Module):
         _log.info("%s", self._dropping)
         self._explain()
 
-    @property
-    def reason(self) -> str:
-        """Why it is solved so, and what of it is captured on a device."""
-        return self._forms.explain(self._reason)
-
-    @reason.setter
-    def reason(self, reason: str) -> None:
-        self._reason = reason
-
     # -- one call -------------------------------------------------------------------------------------------------
 
     def forward(self, *operands: Any) -> tuple[Any, ...]:
@@ -226,7 +224,7 @@ class JacobiWrites(nn.Module):
                 self.reason = "the network's bits change with positions that it does not depend on, so it runs in order"
                 return self._in_order(operands)
             self.checked = True
-            self.previous = solve.flat.clone() if self.warm_start and not solve.poisoned else None
+            self.previous = solve.array.flat.clone() if self.warm_start and not solve.poisoned else None
             if form is not None:
                 form.adopt(operands, results)
             return results

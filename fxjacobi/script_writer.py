@@ -249,7 +249,9 @@ class ScriptWriter:
 
     # -- a loop ---------------------------------------------------------------------------------------------------
 
-    def loop(self, loop: Loop, operands: dict[int, str], registers: list[list[str]], start: str) -> list[str]:
+    def loop(
+        self, loop: Loop, operands: dict[int, str], registers: list[list[str]], start: str, dim: int = 0
+    ) -> list[str]:
         """Write the loop and return the names of its results.
 
         Args:
@@ -257,6 +259,7 @@ class ScriptWriter:
             operands: Names by index.
             registers: For each carried binding, variables with the values of the steps before, the oldest first.
             start: The first step.
+            dim: Where stacked results hold the steps.
         """
         if any(len(names) > _LARGEST_DISTANCE for names in registers):
             raise NotScriptableError(f"a carry reaches more than {_LARGEST_DISTANCE} steps back")
@@ -295,7 +298,7 @@ class ScriptWriter:
         self._shift(loop, registers, outputs)
         self._depth -= 1
         self._wanted["aten::stack"] += len(stacked)
-        whole = {output: self._bind(f"torch.ops.aten.stack({name})") for output, name in stacked.items()}
+        whole = {output: self._bind(f"torch.ops.aten.stack({name}, {dim})") for output, name in stacked.items()}
         single = {result: self._bind(f"{name}[0]") for result, name in kept.items()}
         return [whole[r.output] if isinstance(r, Stacked) else single[r] for r in loop.results]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxjacobi.certificate import Certificate, Solution
 from fxjacobi.device.step_graphs import step_graphs
-from fxjacobi.loops import Loop, Stacked
+from fxjacobi.loops import Literal, Loop, Stacked
 from fxjacobi.torchscript import NotScriptableError, ScriptedSteps, script_graph, script_loop
 
 if TYPE_CHECKING:
@@ -21,24 +21,25 @@ __all__ = ["ScriptedLoop", "one_step", "run_in_order", "scripted", "scripted_ste
 
 _log = logging.getLogger(__name__)
 
-_known: weakref.WeakKeyDictionary[Loop, dict[bool, ScriptedSteps | None]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Loop, dict[tuple[bool, int], ScriptedSteps | None]] = weakref.WeakKeyDictionary()
 
 
-def scripted_steps(loop: Loop, *, in_place: bool = False) -> ScriptedSteps | None:
+def scripted_steps(loop: Loop, *, in_place: bool = False, dim: int = 0) -> ScriptedSteps | None:
     """Return the loop's steps as one call, written once in the loop's lifetime; ``None`` where TorchScript cannot say it.
 
     Args:
         loop: The loop.
         in_place: Write the arrays that it carries in place: not for autograd.
+        dim: Where stacked results hold the steps.
     """
-    known = _known.setdefault(loop, {})
-    if in_place not in known:
+    known, key = _known.setdefault(loop, {}), (in_place, dim)
+    if key not in known:
         try:
-            known[in_place] = script_loop(loop, in_place=in_place)
+            known[key] = script_loop(loop, in_place=in_place, dim=dim)
         except NotScriptableError as refusal:
             _log.info("a loop of %d steps stays in Python: %s", loop.trip_count, refusal)
-            known[in_place] = None
-    return known[in_place]
+            known[key] = None
+    return known[key]
 
 
 _bodies: weakref.WeakKeyDictionary[Loop, Callable[..., Sequence[Any]]] = weakref.WeakKeyDictionary()
@@ -48,6 +49,8 @@ def one_step(loop: Loop) -> Callable[..., Sequence[Any]]:
     """Return the loop's body as one call where TorchScript can say it, as it is where not. Not for autograd."""
     if loop not in _bodies:
         try:
+            if any(isinstance(b, Literal) for b in loop.bindings):
+                raise NotScriptableError("a step reads a Python value")
             _bodies[loop] = script_graph(loop.body)
         except NotScriptableError as refusal:
             _log.info("a step of a loop stays in Python: %s", refusal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,16 @@ import torch
 
 from fxjacobi.batched_body import BatchedBody
 from fxjacobi.certificate import Certificate, Solution
+from fxjacobi.constants import positions
 from fxjacobi.footprint import StateSize
 from fxjacobi.methods.affine import Affine
+from fxjacobi.methods.comparison import Comparison, agree, compared
 from fxjacobi.methods.frozen import Samples
 from fxjacobi.methods.guess import Base, Guess
 from fxjacobi.methods.jacobian import batch_size
 from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.sequential import Sequential
-from fxjacobi.methods.settle import floors, leading, units
+from fxjacobi.methods.settle import leading
 from fxjacobi.system import States, System
 
 if TYPE_CHECKING:
@@ -227,46 +230,71 @@ def _checked(system: System, method: Method, iterate: Iterate, contract: Contrac
             certificate = Certificate.EXACT_PREFIX if sweeps == system.steps else Certificate.REPEATED
             return Solved(states, others, Solution(sweeps, certificate, 0.0, prefixes))
         return _complete(system, states, others, prefix, Solution(sweeps, Certificate.FELL_BACK, 0.0, prefixes))
-    values, others, holds, residual = _residuals(system, iterate, contract)
-    if finished and bool(holds.all()) and _agrees_with_body(system, states, values, system.steps):
+    looked = _residuals(system, iterate, contract)
+    holds, others = looked.holds(system.steps), looked.others
+    if finished and bool(holds.all()) and _agrees_with_body(system, states, looked, system.steps):
         certificate = Certificate.SCANNED if isinstance(method, Affine) else Certificate.RESIDUAL
-        return Solved(states, others, Solution(sweeps, certificate, residual, prefixes))
+        return Solved(states, others, Solution(sweeps, certificate, looked.residual(system.steps), prefixes))
     prefix = min(iterate.prefix, leading(holds))
-    if not _agrees_with_body(system, states, values, prefix):
+    if not _agrees_with_body(system, states, looked, prefix):
         prefix = 0
     logger.info("%s: completing in order from step %d of %d", method.name, prefix, system.steps)
-    record = Solution(sweeps, Certificate.FELL_BACK, _relative(values, states, prefix), prefixes)
+    record = Solution(sweeps, Certificate.FELL_BACK, looked.residual(prefix), prefixes)
     return _complete(system, states, others, prefix, record)
 
 
-def _residuals(
-    system: System, iterate: Iterate, contract: Contract
-) -> tuple[States, dict[int, torch.Tensor], torch.Tensor, float]:
-    """Return ``h`` of the iterate, the other outputs, for each step whether its equation holds, and :func:`_relative`.
+@dataclass(frozen=True, slots=True)
+class _Residuals:
+    """``h`` of a trajectory, as far as it had to be evaluated, beside the trajectory.
 
-    An equation that the last sweep evaluated at the iterate's own values is not evaluated again.
+    Args:
+        at: The steps whose equations were looked at, ascending; ``None``: all. At others ``h_t(s) = s_t`` as evaluated.
+        values: ``h`` at these steps.
+        others: The body's outputs that are results and no state, (T, ...).
+        against: How far the trajectory is from ``values`` at these steps.
     """
-    states = iterate.states
-    if iterate.open is None or iterate.others is None or len(iterate.open) == system.steps:
+
+    at: tuple[int, ...] | None
+    values: States
+    others: dict[int, torch.Tensor]
+    against: Comparison
+
+    def holds(self, steps: int) -> torch.Tensor:
+        """Return for each step whether its equation holds, (T,)."""
+        if self.at is None:
+            return self.against.holds
+        holds = torch.ones(steps, dtype=torch.bool)
+        holds[positions(self.at, holds.device)] = self.against.holds
+        return holds
+
+    def residual(self, stop: int) -> float:
+        """Return the largest ``max |h_t(s) - s_t| / max |h_t(s)|`` over the steps before ``stop``."""
+        count = stop if self.at is None else bisect_left(self.at, stop)
+        return float(self.against.relative[:count].amax()) if count else 0.0
+
+    def batched(self, states: States, steps: Sequence[int]) -> States:
+        """Return ``h`` of the trajectory ``states`` at some steps, as it was evaluated."""
+        if self.at is None:
+            return tuple(v.index_select(0, positions(tuple(steps), v.device)) for v in self.values)
+        place = {step: row for row, step in enumerate(self.at)}
+        rows = [
+            [(v[place[t]] if t in place else s[t]) for t in steps] for v, s in zip(self.values, states, strict=True)
+        ]
+        return tuple(torch.stack(column) for column in rows)
+
+
+def _residuals(system: System, iterate: Iterate, contract: Contract) -> _Residuals:
+    """Evaluate the equations; one that the last sweep evaluated at the iterate's own values is not evaluated again."""
+    states, at = iterate.states, iterate.open
+    if at is None or iterate.others is None or len(at) == system.steps:
         outputs = system.evaluate(states)
         values = system.pick(outputs)
-        holds, residual = _hold(values, states, contract)
-        return values, {o: outputs[o] for o in system.others}, holds, residual
-    outputs = system.evaluate_at(states, iterate.open)
-    at = torch.tensor(iterate.open, device=states[0].device)
+        return _Residuals(None, values, {o: outputs[o] for o in system.others}, compared(values, states, contract))
+    outputs = system.evaluate_at(states, at)
+    index = positions(at, states[0].device)
     found = system.pick(outputs)
-    others = {o: v.index_put((at,), outputs[o]) for o, v in iterate.others.items()}
-    open_hold, residual = _hold(found, tuple(s[at] for s in states), contract)
-    holds = torch.ones(system.steps, dtype=torch.bool)
-    holds[list(iterate.open)] = open_hold
-    values = tuple(s.index_put((at,), f) for s, f in zip(states, found, strict=True))
-    return values, others, holds, residual
-
-
-def _hold(values: States, states: States, contract: Contract) -> tuple[torch.Tensor, float]:
-    floor = floors(values, contract)
-    holds = units(values, states, contract) <= torch.maximum(floor, torch.ones_like(floor))
-    return holds.cpu(), _relative(values, states)
+    others = {o: v.index_put((index,), outputs[o]) for o, v in iterate.others.items()}
+    return _Residuals(at, found, others, compared(found, tuple(s.index_select(0, index) for s in states), contract))
 
 
 def _complete(system: System, states: States, others: dict[int, torch.Tensor], prefix: int, record: Solution) -> Solved:
@@ -276,16 +304,7 @@ def _complete(system: System, states: States, others: dict[int, torch.Tensor], p
     return Solved(states, others, solution)
 
 
-def _relative(values: States, states: States, stop: int | None = None) -> float:
-    """Return the largest ``max |values_t - states_t| / max |values_t|`` over the steps before ``stop``."""
-    if stop == 0:
-        return 0.0
-    every = Contract(rtol=1.0)
-    ratios = units(tuple(v[:stop] for v in values), tuple(s[:stop] for s in states), every)
-    return float(ratios.amax())
-
-
-def _agrees_with_body(system: System, states: States, values: States, stop: int) -> bool:
+def _agrees_with_body(system: System, states: States, looked: _Residuals, stop: int) -> bool:
     """Whether the body itself, run on single steps, gives what batching gave: at the first, middle and last before ``stop``."""
     # Ways of batching are compared when they are chosen; once a whole call has agreed too, its last step is looked at.
     steps = sorted(({stop - 1} if system.body.agreed else {0, stop // 2, stop - 1}) if stop else ())
@@ -293,16 +312,11 @@ def _agrees_with_body(system: System, states: States, values: States, stop: int)
         return True
     single = [system.pick(system.alone(states, step)) for step in steps]
     alone = tuple(torch.stack(column) for column in zip(*single, strict=True))
-    batched = tuple(value[steps] for value in values)
-    smooth = [v for v in alone if v.is_floating_point() or v.is_complex()]
-    root = max((math.sqrt(torch.finfo(v.dtype).eps) for v in smooth), default=0.0)
-    sizes = torch.stack([torch.where(torch.isfinite(v), v, 0.0).abs().reshape(len(steps), -1).amax(1).double() for v in smooth] or
-                        [torch.zeros(len(steps))]).amax(0)  # fmt: skip
+    batched = looked.batched(states, steps)
+    epsilons = [torch.finfo(v.dtype).eps for v in alone if v.is_floating_point() or v.is_complex()]
     # Another order of rounding, with the cancellation that a state of several tensors may hold.
-    for row, size in enumerate(sizes.tolist()):
-        a, b = tuple(v[row : row + 1] for v in alone), tuple(v[row : row + 1] for v in batched)
-        if bool((units(a, b, Contract(atol=root * size)) > 1).any()):
-            logger.warning("evaluating many steps at once does not give what the body gives; running in order")
-            return False
+    if not agree(alone, batched, math.sqrt(max(epsilons, default=0.0))):
+        logger.warning("evaluating many steps at once does not give what the body gives; running in order")
+        return False
     system.body.agreed |= stop == system.steps
     return True

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fxjacobi.adjoint import Adjoint
 from fxjacobi.batched_body import BatchedBody
 from fxjacobi.certificate import Certificate, Solution
-from fxjacobi.device.form import Forms
+from fxjacobi.device.form import Explained, Forms
 from fxjacobi.device.methods import form_of
 from fxjacobi.footprint import solve_bytes
 from fxjacobi.loops import Loop, Stacked, Step
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["SolvedLoop"]
 
 
-class SolvedLoop(nn.Module):
+class SolvedLoop(Explained):
     """A recurrence with the method that solves it.
 
     Forward: ``s_t = h_t(s_{t-d})`` for all ``t`` under the contract (:func:`fxjacobi.solve.solve`). Backward: the adjoint
@@ -72,7 +71,6 @@ class SolvedLoop(nn.Module):
         self.memory_limit = memory_limit
         self.fuse = False
         self.last = None
-        self._reason = ""
         self._forms = Forms(lambda runner, device: form_of(self, runner, device))
         self._previous: States | None = None
         self._adjoint: Adjoint | None = None
@@ -95,15 +93,6 @@ class SolvedLoop(nn.Module):
         if form is not None:
             form.adopt(system.operands, results)
         return results
-
-    @property
-    def reason(self) -> str:
-        """Why it is solved so, and what of it is captured on a device."""
-        return self._forms.explain(self._reason)
-
-    @reason.setter
-    def reason(self, reason: str) -> None:
-        self._reason = reason
 
     @property
     def memory_bytes(self) -> int | None:

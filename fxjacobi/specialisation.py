@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxjacobi.blocks import last_solution, loop_of, method_of
+from fxjacobi.blocks import last_solution, loop_of, method_of, plan_of_now
 from fxjacobi.capture import AttributeEffect, Capture, StateInput, ViewOfWritten
 from fxjacobi.errors import GuardFailed
 from fxjacobi.report import BlockReport, Report
@@ -108,6 +108,10 @@ class Specialisation:
         if self.failures >= MAX_GUARD_FAILURES and self.failures >= self.successes:
             self.retire(f"its guards failed {self.failures} times; last: {reason}")
         return self.original(*args, **kwargs)
+
+    def current_plan(self) -> Plan:
+        """The plan, as its blocks are now."""
+        return self.plan if self.module is None else plan_of_now(self.plan, self.module)
 
     def retire(self, reason: str) -> None:
         """From now on run the original."""

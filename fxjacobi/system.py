@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from fxjacobi.batched_body import Batch, BatchedBody
-from fxjacobi.constants import constant
+from fxjacobi.constants import constant, positions
 from fxjacobi.footprint import row_bytes
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
-from fxjacobi.scripted_loop import scripted_steps, stacking
+from fxjacobi.scripted_loop import one_step, scripted_steps, stacking
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,7 +49,8 @@ class Carry:
     def at(self, states: States, steps: Sequence[int]) -> torch.Tensor:
         """Return what the placeholder reads at each of ``steps``, ``(len(steps), *shape)``."""
         values = states[self.component]
-        read: torch.Tensor = values[torch.tensor([max(s - self.distance, 0) for s in steps], device=values.device)]
+        earlier = tuple([s - self.distance if s > self.distance else 0 for s in steps])
+        read = values.index_select(0, positions(earlier, values.device))
         for row, step in enumerate(steps):
             if step < self.distance:
                 read[row] = self.before[step]
@@ -116,7 +117,7 @@ class System:
         for binding in self.loop.bindings:
             match binding:
                 case Scanned(operand, dim, indices):
-                    inputs.append(_scan_view(self.operands[operand], dim, list(indices)))
+                    inputs.append(_scan_view(self.operands[operand], dim, indices))
                 case Table(operands):
                     inputs.append(torch.stack([self.operands[o] for o in operands]))
                 case Literal(values):
@@ -205,7 +206,7 @@ class System:
             elif isinstance(binding, Literal):
                 arguments.append([value[s] for s in steps])
             else:
-                arguments.append(value[torch.tensor(steps, device=value.device)])
+                arguments.append(value.index_select(0, positions(tuple(steps), value.device)))
         for carry in self.carries:
             arguments[carry.placeholder] = carry.at(states, steps)
         return self.batch(arguments, len(steps))
@@ -267,8 +268,7 @@ class System:
 
     def alone(self, states: States, step: int) -> tuple[Any, ...]:
         """Return the body's outputs at one step of a trajectory, evaluated by itself as the loop does."""
-        outputs: tuple[Any, ...] = self.loop.body(*self.single(states, step))
-        return outputs
+        return tuple(one_step(self.loop)(*self.single(states, step)))
 
     def _at(self, index: int, step: int, done: Mapping[int, Sequence[torch.Tensor] | torch.Tensor]) -> Any:
         match self.loop.bindings[index]:
@@ -296,12 +296,22 @@ class System:
         return tuple(values)
 
 
-def _scan_view(operand: torch.Tensor, dim: int, indices: list[int]) -> torch.Tensor:
+def _scan_view(operand: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
     """Return ``operand.select(dim, i)`` for all ``i`` of ``indices``, stacked; a view where they run forward evenly."""
     size = operand.shape[dim]
+    even = _forward(indices, size)
+    if even is not None:
+        index = [slice(None)] * (dim % operand.dim()) + [slice(even.start, even.stop, even.step)]
+        return operand[tuple(index)].movedim(dim, 0)
+    at = [i % size for i in indices]
+    return operand.index_select(dim, constant(at, device=operand.device)).movedim(dim, 0)
+
+
+def _forward(indices: Sequence[int], size: int) -> range | None:
+    """Return indices below ``size`` as a range that runs forward, or ``None`` where they do not."""
+    if isinstance(indices, range) and indices.step > 0 and indices.start >= 0 and indices.stop <= size:
+        return indices
     at = [i % size for i in indices]
     stride = at[1] - at[0] if len(at) > 1 else 1
-    if stride > 0 and at == list(range(at[0], at[0] + stride * len(at), stride)):
-        index = [slice(None)] * (dim % operand.dim()) + [slice(at[0], at[-1] + 1, stride)]
-        return operand[tuple(index)].movedim(dim, 0)
-    return operand.index_select(dim, constant(at, device=operand.device)).movedim(dim, 0)
+    even = range(at[0], at[-1] + 1, stride) if stride > 0 else None
+    return even if even is not None and list(even) == at else None

@@ -44,12 +44,13 @@ def script_graph(module: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
     return lambda *values: _run(function, values, count, guards)
 
 
-def script_loop(loop: Loop, *, in_place: bool = False) -> ScriptedSteps:
+def script_loop(loop: Loop, *, in_place: bool = False, dim: int = 0) -> ScriptedSteps:
     """Return the loop's steps as one call.
 
     Args:
         loop: The loop.
         in_place: Write the arrays that it carries in place where only autograd could tell.
+        dim: Where stacked results hold the steps.
 
     Raises:
         NotScriptableError: See the class.
@@ -61,7 +62,7 @@ def script_loop(loop: Loop, *, in_place: bool = False) -> ScriptedSteps:
     registers = [
         [writer.parameter("Tensor") for _ in range(b.distance)] if isinstance(b, Carried) else [] for b in loop.bindings
     ]
-    results = writer.loop(loop, names, registers, start)
+    results = writer.loop(loop, names, registers, start, dim)
     return ScriptedSteps(loop, writer.finish(results), tuple(used), writer.expected)
 
 

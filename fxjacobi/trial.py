@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxjacobi.bits import bits_of
 from fxjacobi.timing import started
 
 if TYPE_CHECKING:
@@ -47,13 +48,6 @@ class Unmeasurable(Exception):  # noqa: N818 - control flow: the map stays a loo
     """The body cannot be run on random data, or not within the memory allowed."""
 
 
-def _bits(value: torch.Tensor) -> torch.Tensor:
-    if value.is_complex():
-        value = torch.view_as_real(value.resolve_conj())
-    size = value.element_size()
-    return value.resolve_neg().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
-
-
 def same_values(found: Any, wanted: Any, *, exact: bool) -> bool:
     """Whether ``found`` is ``wanted``: in every bit (any NaN is any other), or up to another order of rounding."""
     if isinstance(wanted, (tuple, list)):
@@ -66,12 +60,12 @@ def same_values(found: Any, wanted: Any, *, exact: bool) -> bool:
         return False
     inexact = wanted.is_floating_point() or wanted.is_complex()
     if exact or not inexact:
-        if torch.equal(_bits(found), _bits(wanted)):
+        if torch.equal(bits_of(found), bits_of(wanted)):
             return True
         if not inexact:
             return False
         a, b = (torch.view_as_real(v) if v.is_complex() else v for v in (found.resolve_conj(), wanted.resolve_conj()))
-        return bool(((_bits(a) == _bits(b)) | (a.isnan() & b.isnan())).all())
+        return bool(((bits_of(a) == bits_of(b)) | (a.isnan() & b.isnan())).all())
     # Intermediate overflow may differ with the order; only finite elements tell a wrong way from a rounded one.
     finite = found.isfinite() & wanted.isfinite()
     a, b = found[finite], wanted[finite]

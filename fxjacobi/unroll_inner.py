@@ -17,7 +17,7 @@ from fxjacobi.assemble import assemble
 from fxjacobi.graph import Spec, TensorSpec, site_of, spec_of, stamp
 from fxjacobi.inline_calls import expand
 from fxjacobi.layouts import dense, selected
-from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Step, Table
+from fxjacobi.loops import Loop, Scanned, Step, read_at
 
 __all__ = ["unroll_inner"]
 
@@ -53,27 +53,15 @@ def unroll_inner(loop: Loop) -> Loop:
 
 def _write_out(graph: fx.Graph, call: fx.Node, loop: Loop, operands: list[Any]) -> tuple[fx.Node, ...]:
     """Append every step of ``loop`` to ``graph`` and return its results."""
+
+    def select(source: fx.Node, scanned: Scanned, index: int) -> fx.Node:
+        piece = graph.call_function(_aten.select.int, (source, scanned.dim, index))
+        stamp(piece, selected(spec_of(source), scanned.dim), site_of(call))
+        return _own(graph, piece, call) if scanned.owned else piece  # it had memory of its own, aligned as such
+
     outputs: list[tuple[fx.Node, ...]] = []
     for step in range(loop.trip_count):
-        bound: list[Any] = []
-        for binding in loop.bindings:
-            match binding:
-                case Carried(output, distance, init):
-                    before = step - distance
-                    bound.append(outputs[before][output] if before >= 0 else operands[init[step]])
-                case Scanned(operand, dim, indices):
-                    source = operands[operand]
-                    piece = graph.call_function(_aten.select.int, (source, dim, indices[step]))
-                    stamp(piece, selected(spec_of(source), dim), site_of(call))
-                    if binding.owned:  # it had memory of its own, aligned as such
-                        piece = _own(graph, piece, call)
-                    bound.append(piece)
-                case Table(table):
-                    bound.append(operands[table[step]])
-                case Literal(values):
-                    bound.append(values[step])
-                case Invariant(operand):
-                    bound.append(operands[operand])
+        bound = [read_at(binding, step, operands, outputs, select) for binding in loop.bindings]
         outputs.append(expand(graph, loop.body, bound, {}))
     results: list[fx.Node] = []
     for result, spec in zip(loop.results, _specs(call), strict=True):

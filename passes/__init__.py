@@ -10,6 +10,8 @@ from fxjacobi.passes.collapse_sampling import CollapseSampling
 from fxjacobi.passes.collapse_writes import CollapseWrites
 from fxjacobi.passes.eliminate import Eliminate
 from fxjacobi.passes.emit_solvers import EmitSolvers
+from fxjacobi.passes.fold_additions import FoldAdditions
+from fxjacobi.passes.group_draws import GroupDraws
 from fxjacobi.passes.guards_first import GuardsFirst
 from fxjacobi.passes.hoist_random import HoistRandom
 from fxjacobi.passes.places_to_writes import PlacesToWrites
@@ -42,6 +44,7 @@ def pipeline(options: Options, *, gradients: bool) -> tuple[Pass, ...]:
         PrefixesToWrites(),
         PlacesToWrites(),
         RollLoops(),
+        FoldAdditions(exact=options.exact),
         SplitComponents(),
         CollapseWrites(),
         CollapseSampling(
@@ -54,5 +57,6 @@ def pipeline(options: Options, *, gradients: bool) -> tuple[Pass, ...]:
         StopEarly(),
         BatchEquations(exact=options.exact),
         ScriptLoops(),
+        GroupDraws(),
         EmitSolvers(),
     )

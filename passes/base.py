@@ -20,6 +20,11 @@ class PassResult:
     module: fx.GraphModule
     modified: bool
 
+    @classmethod
+    def of(cls, result: fx.GraphModule, given: fx.GraphModule) -> PassResult:
+        """Return ``result``, which is ``given`` itself where nothing was changed."""
+        return cls(result, result is not given)
+
 
 @dataclass(frozen=True)
 class Pass(ABC):

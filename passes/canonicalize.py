@@ -70,8 +70,7 @@ class Canonicalize(Pass):
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Rewrite in one walk."""
-        result = canonicalize(module, gradients=self.gradients, exact=self.exact)
-        return PassResult(result, result is not module)
+        return PassResult.of(canonicalize(module, gradients=self.gradients, exact=self.exact), module)
 
 
 def canonicalize(module: fx.GraphModule, *, gradients: bool = False, exact: bool = True) -> fx.GraphModule:

@@ -28,7 +28,7 @@ from fxjacobi.array_programs import programs
 from fxjacobi.assemble import assemble
 from fxjacobi.causal_rules.domain import Value, constant
 from fxjacobi.causal_rules.interpreter import interpret
-from fxjacobi.causal_rules.registry import Context, fill, overloads
+from fxjacobi.causal_rules.registry import Context, fill
 from fxjacobi.causality import CausalityProof, Refusal, prove
 from fxjacobi.device.hazards import indexes_by_guess
 from fxjacobi.device.rehearsal import rehearse_call
@@ -37,6 +37,7 @@ from fxjacobi.loops import Loop, Table
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.batch_tail import batch_tail
 from fxjacobi.passes.replace_blocks import replace_blocks
+from fxjacobi.rule_table import overloads
 from fxjacobi.sampling import JacobiWrites
 from fxjacobi.unroll_inner import unroll_inner
 

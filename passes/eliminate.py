@@ -51,7 +51,7 @@ class Eliminate(Pass):
             result = eliminator.run(result)
             if eliminator.settled:
                 break
-        return PassResult(result, result is not module)
+        return PassResult.of(result, module)
 
 
 def eliminate(module: fx.GraphModule, *, keep_iterations: bool = True) -> fx.GraphModule:

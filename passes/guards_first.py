@@ -75,5 +75,4 @@ class GuardsFirst(Pass):
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Move the graph's own guards."""
-        result = guards_first(module)
-        return PassResult(result, result is not module)
+        return PassResult.of(guards_first(module), module)

@@ -46,8 +46,7 @@ class HoistRandom(Pass):
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Hoist what can be hoisted."""
-        result = hoist_random(module)
-        return PassResult(result, result is not module)
+        return PassResult.of(hoist_random(module), module)
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,5 +258,4 @@ class PlacesToWrites(Pass):
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Rewrite the graph's own writes (not those in recorded submodules)."""
-        result = places_to_writes(module)
-        return PassResult(result, result is not module)
+        return PassResult.of(places_to_writes(module), module)

@@ -219,5 +219,4 @@ class PrefixesToWrites(Pass):
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Rewrite the graph's own chains (not those in recorded submodules)."""
-        result = prefixes_to_writes(module)
-        return PassResult(result, result is not module)
+        return PassResult.of(prefixes_to_writes(module), module)

@@ -110,5 +110,4 @@ class RepeatedMasks(Pass):
 
     def apply(self, module: fx.GraphModule) -> PassResult:
         """Rewrite the graph's own products (not those in recorded submodules)."""
-        result = repeated_masks(module)
-        return PassResult(result, result is not module)
+        return PassResult.of(repeated_masks(module), module)

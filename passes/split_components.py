@@ -29,7 +29,7 @@ from fxjacobi.emit import call, dense_stride, rebuilt, tensors_of
 from fxjacobi.equations import body_outputs, equations_of, is_effect
 from fxjacobi.errors import PassError
 from fxjacobi.graph import TensorSpec, is_random, site_of, spec_of, stamp
-from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Table
+from fxjacobi.loops import Carried, Invariant, Loop, Scanned, Stacked, read_at
 from fxjacobi.ops import guard_shape
 from fxjacobi.passes.base import Pass, PassResult
 
@@ -183,19 +183,15 @@ class _Emitter:
         """Append the one step of a map as straight code."""
         assert draft.body is not None
         graph, env = self.into.graph, dict[fx.Node, Any]()
+
+        def select(source: fx.Node, scanned: Scanned, index: int) -> fx.Node:
+            return call(graph, aten.select.int, source, scanned.dim, index)
+
         placeholders = (node for node in draft.body.graph.nodes if node.op == "placeholder")
         for node, binding in zip(placeholders, draft.bindings, strict=True):
-            match binding:
-                case Scanned(operand, dim, indices):
-                    env[node] = call(graph, aten.select.int, operands[operand], dim, indices[0])
-                case Table(table):
-                    env[node] = operands[table[0]]
-                case Literal(values):
-                    env[node] = values[0]
-                case Invariant(operand):
-                    env[node] = operands[operand]
-                case Carried():
-                    raise PassError(f"{node.name}: a map carries nothing")
+            if isinstance(binding, Carried):
+                raise PassError(f"{node.name}: a map carries nothing")
+            env[node] = read_at(binding, 0, operands, (), select)
         for node in draft.body.graph.nodes:
             if node.op not in ("placeholder", "output"):
                 env[node] = self.into.copy(node, env, draft.body)

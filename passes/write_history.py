@@ -98,21 +98,20 @@ class _Chain:
                 self.elsewhere.setdefault(dim, []).append(number)
 
     def seen_by(self, region: Region, version: int) -> Iterator[_Write]:
-        """The writes that a read may see, newest first."""
+        """The writes that a read may see, newest first, and few others: each is the newest that the next dimension allows."""
         lists = [
             (self.at.get((dim, entry), []), self.elsewhere.get(dim, []))
             for dim, entry in enumerate(region)
             if isinstance(entry, int)
         ]
-        first, second = min(lists, key=lambda pair: len(pair[0]) + len(pair[1]))
-        i, j = bisect.bisect_left(first, version), bisect.bisect_left(second, version)
-        while i or j:
-            if j == 0 or (i and first[i - 1] > second[j - 1]):
-                i -= 1
-                yield self.writes[first[i]]
-            else:
-                j -= 1
-                yield self.writes[second[j]]
+        while True:
+            for first, second in lists:
+                i, j = bisect.bisect_left(first, version), bisect.bisect_left(second, version)
+                version = 1 + max(first[i - 1] if i else -1, second[j - 1] if j else -1)
+                if not version:
+                    return
+            version -= 1
+            yield self.writes[version]
 
 
 class WriteHistory:

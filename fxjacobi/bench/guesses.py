@@ -10,12 +10,12 @@ from fxjacobi.bench.benchmark import Benchmark, Row, Settings
 from fxjacobi.bench.problems import Problem, label, problems, trajectory
 from fxjacobi.certificate import Certificate
 from fxjacobi.methods.chunked import Chunked
+from fxjacobi.methods.comparison import compared
 from fxjacobi.methods.guess import Base, Extrapolated, Given, Guess, Previous, Swept
 from fxjacobi.methods.jacobi import Jacobi
 from fxjacobi.methods.method import Contract
 from fxjacobi.methods.picard import Picard
 from fxjacobi.methods.quasi_newton import QuasiNewton
-from fxjacobi.methods.settle import units
 from fxjacobi.solve import solve_system
 from fxjacobi.system import System
 
@@ -103,7 +103,7 @@ def _sweeps(problem: Problem, method: Method, guess: Guess, wanted: States) -> i
     """Return the sweeps, with the completed steps where there are any; a wrong answer raises."""
     solved = solve_system(System(problem.loop, problem.operands), method, _CONTRACT, guess)
     # Each equation holds within the tolerance; along a stable recurrence the errors of many add up.
-    error = float(units(solved.states, wanted, _CONTRACT).max())
+    error = float(compared(solved.states, wanted, _CONTRACT).units.max())
     assert error < 1e3, f"{method.name} from {guess}: {error:.3g} times the tolerance away from the ordinary run"
     if solved.solution.certificate is Certificate.FELL_BACK:
         return f"{solved.solution.sweeps} + {solved.solution.completed} in order"

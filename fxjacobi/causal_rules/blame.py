@@ -40,25 +40,11 @@ def blame(
     rank: int,
 ) -> fx.Node:
     """Return the node that let ``end`` at ``step`` depend on equation ``rank >= clock``."""
-    found = _blame(context, structure, env, end, step, clock, rank)
-    # One result of several: the operation is the one that made them.
-    return found.args[0] if found.target is operator.getitem else found  # type: ignore[return-value]
-
-
-def _blame(
-    context: Context,
-    structure: ArrayLoop,
-    env: dict[fx.Node, Value],
-    end: fx.Node,
-    step: int,
-    clock: int,
-    rank: int,
-) -> fx.Node:
     if context.unknown_ops and rank == context.top:
-        return next(iter(context.unknown_ops))
+        return _operation(next(iter(context.unknown_ops)))
     start = _entrance(structure, env, end, step, clock)
     if start is None:
-        return end
+        return _operation(end)
     node, element = start
     probe = Context(
         context.top,
@@ -68,7 +54,12 @@ def _blame(
     )
     with probe.within(env):
         trail = _trail(probe, structure, env, node, element, clock)
-        return _culprit(probe, structure, env, trail) or end
+        return _operation(_culprit(probe, structure, env, trail) or end)
+
+
+def _operation(node: fx.Node) -> fx.Node:
+    """Return what made ``node``: of one result of several, the operation that made them."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
 
 
 def _entrance(

@@ -92,12 +92,11 @@ Value: TypeAlias = "Abstract | tuple[Value, ...] | object"
 
 def squash(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` with size 1 along every dimension of stride 0 (a view)."""
-    if 0 not in tensor.stride() or tensor.numel() == 0:
+    strides = tensor.stride()
+    if 0 not in strides or tensor.numel() == 0:
         return tensor
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
+    sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, strides, strict=True)]
+    return tensor.as_strided(sizes, strides)
 
 
 def some(mask: torch.Tensor) -> bool:

@@ -9,9 +9,10 @@ since ``exp(-104)`` is less than half the smallest subnormal. With intervals ``l
 
 where 110 leaves room for the rounding of the difference. That a mask was *written* says nothing: -1e4 loses against a
 score of 2e4. So scores have to be bounded, from the weights that make them and from a limit on the array and the
-inputs, which is 2 ** 12 and which the solver checks at run time (:attr:`fxjacobi.causality.CausalityProof.limits`). It
-checks the limit on what the loop starts from and on every iterate; and each array that the ordinary run gives to its
-network is put together from elements of those, so the entries vanish there too, at every one of its steps.
+inputs, which is 2 ** 12 and which the solver checks at run time
+(:attr:`fxjacobi.causality_proof.CausalityProof.limits`). It checks the limit on what the loop starts from and on every
+iterate; and each array that the ordinary run gives to its network is put together from elements of those, so the
+entries vanish there too, at every one of its steps.
 Looking at the weights of the sweeps themselves would not show that: the ordinary run sees, behind the position that it
 is about to write, what the array held before the loop, and no sweep sees that with the right prefix.
 

@@ -13,7 +13,7 @@ from fxjacobi.causal_rules.domain import Abstract, Value, constant, unknown
 from fxjacobi.causal_rules.pointwise import is_pointwise, pointwise
 from fxjacobi.causal_rules.registry import Context, find_rule, tensors_in
 from fxjacobi.graph import is_random
-from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
+from fxjacobi.loops import Loop, Scanned, read_at
 from fxjacobi.ops import GUARDS
 
 if TYPE_CHECKING:
@@ -141,36 +141,16 @@ def _unroll(context: Context, node: fx.Node, loop: Loop, operands: tuple[Value, 
     inner = Context(context.top, may_kill=False, reads=context.reads)
     outputs: list[tuple[Value, ...]] = []
     for step in range(loop.trip_count):
-        bound: list[Value] = []
-        for binding in loop.bindings:
-            match binding:
-                case Carried(output, distance, init):
-                    before = step - distance
-                    bound.append(outputs[before][output] if before >= 0 else operands[init[step]])
-                case Scanned(operand, dim, indices):
-                    bound.append(_selected(operands[operand], dim, indices[step]))
-                case Table(table):
-                    bound.append(operands[table[step]])
-                case Literal(values):
-                    bound.append(values[step])
-                case Invariant(operand):
-                    bound.append(operands[operand])
+        bound: list[Value] = [read_at(binding, step, operands, outputs, _selected) for binding in loop.bindings]
         outputs.append(_outputs(loop.body, interpret(inner, loop.body, bound)))
     for name in inner.unknown_ops.values():
         context.unknown_ops.setdefault(node, name)
-    results: list[Value] = []
-    for result in loop.results:
-        match result:
-            case Step(output, step):
-                results.append(outputs[step][output])
-            case Stacked(output):
-                ranks = [one[output].rank for one in outputs]  # type: ignore[union-attr]
-                results.append(Abstract(torch.stack(ranks)))
-    return tuple(results)
+    return loop.collect(outputs, lambda values: Abstract(torch.stack([one.rank for one in values])))
 
 
-def _selected(value: Value, dim: int, index: int) -> Value:
+def _selected(value: Value, scanned: Scanned, index: int) -> Value:
     assert isinstance(value, Abstract)
+    dim = scanned.dim
     if value.known is None or value.value is None:
         return Abstract(value.rank.select(dim, index))
     return Abstract(

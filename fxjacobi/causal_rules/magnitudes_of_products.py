@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fxjacobi.attention_names import ATTENTION
 from fxjacobi.causal_rules.interval import NORM_SLACK, Interval, Rests, symmetric
 from fxjacobi.causal_rules.magnitudes import NORMALISATIONS, UNIT, Call, magnitude, name_of
 
@@ -112,14 +113,7 @@ def _convolution(call: Call) -> Interval | None:
     return None if bias is None else symmetric(result.size + bias.size, result.rests | bias.rests)
 
 
-@magnitude(
-    "scaled_dot_product_attention",
-    "_scaled_dot_product_attention_math",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-)
+@magnitude(*ATTENTION)
 def _attention(call: Call) -> Interval | None:
     """An average of values, whatever the weights."""
     found = call.of(2)

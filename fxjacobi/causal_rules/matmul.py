@@ -72,14 +72,18 @@ def product_rank(context: Context, node: fx.Node, left: Abstract, right: Abstrac
     dead_right = right.equals(0) if context.may_kill else None
     if left.shape[-1] == 0:
         return Abstract(nothing(shape))
-    first = masked_maximum(left.rank, None if dead_right is None else ~dead_right)
-    second = masked_maximum(right.rank.mT, None if dead_left is None else ~dead_left.mT).mT
-    rank = torch.maximum(first, second)
-    if dead_left is not None and right.highest >= 0:
-        context.kill(node, left)
-    if dead_right is not None and left.highest >= 0:
-        context.kill(node, right)
-    return Abstract(rank.expand(tuple(shape)))
+    ranks = []
+    if left.highest >= 0:
+        ranks.append(masked_maximum(left.rank, None if dead_right is None else ~dead_right))
+        if dead_right is not None:
+            context.kill(node, right)
+    if right.highest >= 0:
+        ranks.append(masked_maximum(right.rank.mT, None if dead_left is None else ~dead_left.mT).mT)
+        if dead_left is not None:
+            context.kill(node, left)
+    if not ranks:
+        return Abstract(nothing(shape))
+    return Abstract((ranks[0] if len(ranks) == 1 else torch.maximum(*ranks)).expand(tuple(shape)))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

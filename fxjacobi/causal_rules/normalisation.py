@@ -8,26 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxjacobi.causal_rules.domain import Abstract, Value, squash
+from fxjacobi.causal_rules.domain import Abstract, Value
 from fxjacobi.causal_rules.pointwise import maximum_rank
 from fxjacobi.causal_rules.reductions import argument, reduced
-from fxjacobi.causal_rules.registry import Context, rule, tensors_in
-from fxjacobi.graph import Spec, TensorSpec, spec_of
+from fxjacobi.causal_rules.registry import Context, first_of, rule, tensors_in
+from fxjacobi.graph import spec_of
 
 if TYPE_CHECKING:
     from torch import fx
 
 __all__: list[str] = []
-
-
-def _results(spec: Spec, rank: torch.Tensor) -> Value:
-    """The normalised tensor's ranks, and for statistics the highest."""
-    if isinstance(spec, TensorSpec):
-        return Abstract(rank.expand(spec.shape))
-    assert isinstance(spec, tuple)
-    highest = squash(rank).amax()
-    rest = [Abstract(highest.expand(one.shape)) if isinstance(one, TensorSpec) else None for one in spec[1:]]
-    return (_results(spec[0], rank), *rest)
 
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
@@ -37,7 +27,7 @@ def _layer_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: 
     dims = list(range(-len(normalized), 0))
     mixed = Abstract(reduced(source.rank, dims, keepdim=True))
     affine = tensors_in((args[2:], kwargs))
-    return _results(spec_of(node), maximum_rank([mixed, *affine], source.shape))
+    return first_of(spec_of(node), maximum_rank([mixed, *affine], source.shape))
 
 
 @rule("native_group_norm", "group_norm")
@@ -52,7 +42,7 @@ def _group_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: 
     for affine in tensors_in((args[1:], kwargs)):
         if affine.highest >= 0:
             rank = torch.clamp(rank, min=affine.highest)
-    return _results(spec_of(node), rank)
+    return first_of(spec_of(node), rank)
 
 
 @rule(
@@ -76,4 +66,4 @@ def _batch_norm(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: 
     for affine in tensors_in((args[1:], kwargs)):
         if affine.highest >= 0:
             rank = torch.clamp(rank, min=affine.highest)
-    return _results(spec_of(node), rank)
+    return first_of(spec_of(node), rank)

@@ -16,8 +16,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, constant, nothing, some, squash, unknown, without
-from fxjacobi.causal_rules.registry import Context, overloads, rule, tensors_in
+from fxjacobi.causal_rules.registry import Context, rule, tensors_in
 from fxjacobi.graph import TensorSpec, spec_of
+from fxjacobi.rule_table import overloads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-
-from fxjacobi.causal_rules.domain import Abstract, Value, unknown
+from fxjacobi.causal_rules.domain import Abstract, Value, squash, unknown
 from fxjacobi.graph import Spec, TensorSpec, spec_of
+from fxjacobi.rule_table import RuleTable
 
 if TYPE_CHECKING:
+    import torch
     from torch import fx
 
     from fxjacobi.causal_rules.interval import Interval
 
-__all__ = ["Context", "Rule", "fill", "find_rule", "overloads", "rule", "tensors_in"]
+__all__ = ["Context", "Rule", "fill", "find_rule", "first_of", "rule", "tensors_in"]
 
 
 @dataclass
@@ -103,40 +103,21 @@ def fill(spec: Spec, rank: int) -> Value:
     return None
 
 
+def first_of(spec: Spec, rank: torch.Tensor) -> Value:
+    """Return a value of ``spec``'s structure: its first result has these ranks, others (statistics) the highest of them."""
+    if isinstance(spec, TensorSpec):
+        return Abstract(rank.expand(spec.shape))
+    assert isinstance(spec, tuple)
+    highest = squash(rank).amax()
+    rest = [Abstract(highest.expand(one.shape)) if isinstance(one, TensorSpec) else None for one in spec[1:]]
+    return (first_of(spec[0], rank), *rest)
+
+
 Rule: TypeAlias = Callable[[Context, "fx.Node", tuple[Any, ...], dict[str, Any]], Value]
 """``rule(context, node, args, kwargs)`` with abstract values in place of tensors."""
 
-_RULES: dict[object, Rule] = {}
-
-
-def overloads(*names: str) -> list[object]:
-    """Return the ATen overloads of ``names`` that this build of PyTorch has (``"add"``: all of its overloads)."""
-    found: list[object] = []
-    for name in names:
-        packet_name, _, overload = name.partition(".")
-        packet = getattr(torch.ops.aten, packet_name, None)
-        if packet is None:
-            continue
-        chosen = [overload] if overload else packet.overloads()
-        found += [getattr(packet, one) for one in chosen if one in packet.overloads() and "out" not in one]
-    return found
-
-
-def rule(*targets: object) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen names (``"add"``, ``"add.Tensor"``) or callables."""
-
-    def register(function: Rule) -> Rule:
-        for target in targets:
-            for one in overloads(target) if isinstance(target, str) else [target]:
-                _RULES[one] = function
-        return function
-
-    return register
-
-
-def find_rule(target: object) -> Rule | None:
-    """Return the rule of an operation, if it has one."""
-    return _RULES.get(target)
+_RULES: RuleTable[Rule] = RuleTable()
+rule, find_rule = _RULES.register, _RULES.find
 
 
 def tensors_in(value: object) -> list[Abstract]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxjacobi.attention_names import ATTENTION
 from fxjacobi.causal_rules.domain import NOTHING, Abstract, Value, every, some, squash, without
 from fxjacobi.causal_rules.finite_masks import vanishing_keys, vanishing_logits
 from fxjacobi.causal_rules.matmul import masked_maximum
 from fxjacobi.causal_rules.pointwise import maximum_rank
 from fxjacobi.causal_rules.reductions import argument, reduced, running
-from fxjacobi.causal_rules.registry import Context, rule, tensors_in
-from fxjacobi.graph import Spec, TensorSpec, spec_of
+from fxjacobi.causal_rules.registry import Context, first_of, rule, tensors_in
+from fxjacobi.graph import TensorSpec, spec_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -118,25 +119,7 @@ def attention_rank(
     return torch.maximum(own, masked_maximum(seen.mT.contiguous(), alive.mT).mT)
 
 
-def _first_like(spec: Spec, rank: torch.Tensor) -> Value:
-    """Give the ranks to the first result; the others (log-sum-exps, counters) may depend on all of them."""
-    if isinstance(spec, TensorSpec):
-        return Abstract(rank.expand(spec.shape))
-    assert isinstance(spec, tuple)
-    highest = squash(rank).amax()
-    rest = [Abstract(highest.expand(one.shape)) if isinstance(one, TensorSpec) else None for one in spec[1:]]
-    return (_first_like(spec[0], rank), *rest)
-
-
-@rule(
-    "scaled_dot_product_attention",
-    "_scaled_dot_product_attention_math",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
+@rule(*ATTENTION)
 def _attention(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     """See :func:`attention_rank`; log-sum-exps and other results may depend on everything."""
     if argument(node, "dropout_p", args, kwargs) or argument(node, "dropout_mask", args, kwargs) is not None:
@@ -159,7 +142,7 @@ def _attention(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: d
         scale = argument(node, "scale", args, kwargs)
         vanishing = vanishing_keys(context, node, node.args[0], node.args[1], bias, scale)
     rank = attention_rank(context, node, *ranks, causal=causal, mask=mask, vanishing=vanishing)
-    return _first_like(spec_of(node), rank)
+    return first_of(spec_of(node), rank)
 
 
 def _weights_rank(values: list[Abstract]) -> torch.Tensor:
@@ -236,4 +219,4 @@ def _rnn_layer(context: Context, node: fx.Node, args: tuple[Any, ...], kwargs: d
     rank = reduced(source.rank, -1, keepdim=True)
     rank = running(rank.flip(0), 0).flip(0) if reverse else running(rank.contiguous(), 0)
     rank = torch.maximum(rank, _weights_rank(tensors_in(args[1:])))
-    return _first_like(spec, maximum_rank([Abstract(rank)], rank.shape))
+    return first_of(spec, maximum_rank([Abstract(rank)], rank.shape))

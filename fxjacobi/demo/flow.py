@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxjacobi.bits import first_difference
+from fxjacobi.demo.both_ways import both_ways
 from fxjacobi.demo.digits import SIDE, digits
+from fxjacobi.demo.fit import fit
 from fxjacobi.demo.job import DemoError, Outcome
 from fxjacobi.progress import bar
-from fxjacobi.timing import interleaved, once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,16 +64,14 @@ def train_flow(job: FlowJob, tick: Callable[[], None] = lambda: None) -> Any:
         raise DemoError("the demo needs zuko: pip install 'fxjacobi[demo]'") from missing
     images, classes = digits()
     flow = zuko.flows.MAF(images.shape[1], context=10, transforms=1, hidden_features=(job.hidden, job.hidden))
-    optimizer = torch.optim.Adam(flow.parameters(), lr=3e-3)
-    for _ in range(job.steps):
+
+    def loss() -> torch.Tensor:
         chosen = torch.randint(0, len(images), (job.batch,))
         noisy = images[chosen] + _NOISE * torch.randn(job.batch, images.shape[1])
-        loss = -flow(classes[chosen]).log_prob(noisy).mean() / images.shape[1]
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        optimizer.step()
-        tick()
+        likelihood: torch.Tensor = flow(classes[chosen]).log_prob(noisy)
+        return -likelihood.mean() / images.shape[1]
+
+    fit(flow, loss, steps=job.steps, rate=3e-3, tick=tick)
     return flow
 
 
@@ -106,12 +105,7 @@ def invert_flow(job: FlowJob, console: Console) -> Outcome:
     sample = transform.inv
     compiled = fxjacobi.compile(sample)
     with torch.no_grad(), bar("sampling both ways", 4, console=console) as tick:
-        _, first_s = once(lambda: compiled(noise))
-        tick()
-        ordinary, solved = sample(noise), compiled(noise)
-        tick()
-        ordinary_s, solved_s = interleaved([lambda: sample(noise), lambda: compiled(noise)], rounds=3, warmup=0)
-        tick()
+        both = both_ways(lambda: sample(noise), lambda: compiled(noise), tick)
         autoregressive = transform.transforms[0]
         final_at = final_sweeps(
             lambda x: autoregressive.meta(x).inv(noise), torch.zeros_like(noise), autoregressive.passes
@@ -123,11 +117,11 @@ def invert_flow(job: FlowJob, console: Console) -> Outcome:
         plan=compiled.plan,
         equations=max((block.equations for block in compiled.plan.blocks), default=1),
         sweeps=compiled.report.sweeps,
-        ordinary=ordinary.view(shape),
-        solved=solved.view(shape),
-        difference=first_difference(solved, ordinary),
+        ordinary=both.ordinary.view(shape),
+        solved=both.solved.view(shape),
+        difference=first_difference(both.solved, both.ordinary),
         final_at=final_at.view(shape),
-        ordinary_s=ordinary_s,
-        first_s=first_s,
-        solved_s=solved_s,
+        ordinary_s=both.ordinary_s,
+        first_s=both.first_s,
+        solved_s=both.solved_s,
     )

@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn import functional
 
 from fxjacobi.bits import first_difference
+from fxjacobi.demo.both_ways import both_ways
 from fxjacobi.demo.digits import SIDE, digits
+from fxjacobi.demo.fit import fit
 from fxjacobi.demo.flow import final_sweeps
 from fxjacobi.demo.job import Outcome
 from fxjacobi.progress import bar
-from fxjacobi.timing import interleaved, once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,18 +100,16 @@ def _sample(model: _Made, n: int) -> torch.Tensor:
 def _train(job: MadeJob, tick: Callable[[], None]) -> _Made:
     images, _ = digits()
     model = _Made(images.shape[1], job.hidden)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for _ in range(job.steps):
+
+    def loss() -> torch.Tensor:
         x = images[torch.randint(0, len(images), (job.batch,))]
         x = x + _NOISE * torch.rand_like(x)
         mean, logscale = model(x).chunk(2, -1)
         z = (x - mean) * torch.exp(-logscale)
-        loss = (z + logscale + 2 * functional.softplus(-z)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        tick()
+        surprise: torch.Tensor = z + logscale + 2 * functional.softplus(-z)
+        return surprise.mean()
+
+    fit(model, loss, steps=job.steps, rate=2e-3, tick=tick)
     return model
 
 
@@ -134,12 +133,7 @@ def sample_made(job: MadeJob, console: Console) -> Outcome:
             return sample(model, job.samples)
 
         with torch.no_grad(), bar("sampling both ways", 4, console=console) as tick:
-            _, first_s = once(lambda: seeded(compiled))
-            tick()
-            ordinary, solved = seeded(_sample), seeded(compiled)
-            tick()
-            ordinary_s, solved_s = interleaved([lambda: seeded(_sample), lambda: seeded(compiled)], rounds=3, warmup=0)
-            tick()
+            both = both_ways(lambda: seeded(_sample), lambda: seeded(compiled), tick)
             torch.manual_seed(job.seed + 1)
             noise = torch.stack([torch.rand(job.samples).logit() for _ in range(features)], 1)
 
@@ -156,11 +150,11 @@ def sample_made(job: MadeJob, console: Console) -> Outcome:
         plan=compiled.plan,
         equations=features,
         sweeps=compiled.report.sweeps,
-        ordinary=ordinary.view(shape),
-        solved=solved.view(shape),
-        difference=first_difference(solved, ordinary),
+        ordinary=both.ordinary.view(shape),
+        solved=both.solved.view(shape),
+        difference=first_difference(both.solved, both.ordinary),
         final_at=final_at.view(shape),
-        ordinary_s=ordinary_s,
-        first_s=first_s,
-        solved_s=solved_s,
+        ordinary_s=both.ordinary_s,
+        first_s=both.first_s,
+        solved_s=both.solved_s,
     )

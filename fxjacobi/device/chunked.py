@@ -18,8 +18,8 @@ from fxjacobi.batched_body import Strategy
 from fxjacobi.constants import constant
 from fxjacobi.device.fused import fused
 from fxjacobi.device.norms import distance, leading_count
-from fxjacobi.device.runner import Late, Refused
-from fxjacobi.device.solve_form import SolveForm, SolveSession
+from fxjacobi.device.runner import Refused
+from fxjacobi.device.solve_form import Progress, SolveForm, SolveSession
 from fxjacobi.loops import Carried, Invariant, Literal
 from fxjacobi.methods.chunked import Chunked
 from fxjacobi.methods.settle import errors_to_come, floors, leading, observed_gains
@@ -255,37 +255,21 @@ class _ChunkedSession(SolveSession):
 
     @override
     def solve(self) -> tuple[tuple[Any, ...], Solution] | None:
-        late = Late(self.reader, self.lag)
-        progress = _Progress(self)
-        self.begin.replay()
-        bound = self.count if self.contract.max_sweeps is None else min(self.contract.max_sweeps, self.count)
-        launched = 0
-        while launched < bound and not progress.done:
-            self.sweep.replay()
-            launched += 1
-            late.post(self.sweep.outputs[0])
-            if late.due():
-                progress.add(late.take()[0])
-        while late.pending:
-            numbers, _ = late.take()
-            if not progress.done:
-                progress.add(numbers)
-        if not progress.done:
-            return None
-        return self.finish(tuple(progress.prefixes))
+        return self.swept(_Progress(self), self.count, self.lag)
 
 
-class _Progress:
-    """The method's own decision, from the numbers of each sweep."""
+class _Progress(Progress):
+    """The method's own decision; it goes on as long as it may."""
 
     def __init__(self, session: _ChunkedSession) -> None:
         self._session = session
         count = session.count
         self._updates = torch.zeros(count, dtype=torch.float64)
         self._gains = torch.full((count,), math.inf, dtype=torch.float64)
-        self.prefixes: list[int] = []
-        self.done = False
+        self.prefixes = []
+        self.done = self.stalled = False
 
+    @override
     def add(self, numbers: Sequence[float]) -> None:
         """Take the updates of one sweep in."""
         session, count = self._session, self._session.count

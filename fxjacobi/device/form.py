@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fxjacobi.bits import same_bits
 from fxjacobi.device.capturable import NotCapturableError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fxjacobi.certificate import Solution
     from fxjacobi.device.runner import GraphRunner
 
-__all__ = ["DeviceForm", "Forms", "Session"]
+__all__ = ["DeviceForm", "Explained", "Forms", "Session"]
 
 _log = logging.getLogger(__name__)
 
@@ -168,6 +169,22 @@ class Forms:
         if key not in self._forms:
             self._forms[key] = self._make(runner, device)
         return self._forms[key]
+
+
+class Explained(nn.Module):
+    """A block with device forms, which says why it is solved so."""
+
+    _forms: Forms
+    _reason: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it is solved so, and what of it is captured on a device."""
+        return self._forms.explain(self._reason)
+
+    @reason.setter
+    def reason(self, reason: str) -> None:
+        self._reason = reason
 
 
 def _equal(found: Sequence[Any], wanted: Sequence[Any]) -> bool:

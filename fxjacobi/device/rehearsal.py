@@ -11,6 +11,7 @@ from fxjacobi import ops
 from fxjacobi.device.hazards import may_assert
 from fxjacobi.emit import rebuilt
 from fxjacobi.loops import Loop
+from fxjacobi.trial import MISFITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["on_cpu", "rehearse", "rehearse_call"]
 
 _CPU = torch.device("cpu")
-
-# What an operation raises that cannot run on the data it is given.
-_MISFITS = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
 
 
 def on_cpu(body: fx.GraphModule) -> fx.GraphModule:
@@ -83,7 +81,7 @@ def rehearse_call(body: fx.GraphModule, arguments: Sequence[Any]) -> str | None:
 def _stopped(twin: nn.Module, arguments: Sequence[Any]) -> str | None:
     try:
         twin(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments))
-    except _MISFITS as misfit:
+    except MISFITS as misfit:
         return f"on random data it would stop the device: {str(misfit).strip().splitlines()[0]}"
     return None
 

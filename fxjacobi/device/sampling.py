@@ -20,16 +20,15 @@ from torch import fx
 from typing_extensions import override
 
 from fxjacobi.certificate import Certificate, Solution
-from fxjacobi.constants import constant
 from fxjacobi.device.flags import read
 from fxjacobi.device.form import DeviceForm, Session
 from fxjacobi.device.operands import copied
 from fxjacobi.device.runner import Captured, Late, Refused
 from fxjacobi.device.state import bits_of
 from fxjacobi.emit import dense_stride
-from fxjacobi.loops import Stacked, Step, Table
 from fxjacobi.ops import guard as guard_one
 from fxjacobi.ops import guard_steps, restride
+from fxjacobi.sampling_results import SamplingResults, put_back, stacked_steps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,6 +83,7 @@ class _SamplingSession(Session):
         self.offsets = torch.arange(self.steps, device=device)
         self.window_equations = torch.arange(self.steps * self.count, device=device)
         self.written = [positions.to(device) for positions in block.written]
+        self.results = SamplingResults(self.structure, block.parts.ends)
         bindings = self.structure.bindings
         self.invariants = [operands.values[bindings[node].operand] for node in block.parts.invariants]
         self.shared: list[Any] = []
@@ -92,7 +92,7 @@ class _SamplingSession(Session):
 
     def capture(self) -> Refused | None:
         """Capture the start of a call and a sweep; return why that is not possible."""
-        if self.steps != self.total and self._wants_ends():
+        if self.steps != self.total and self.results.want_ends():
             return Refused("results of all steps are wanted of a window")
         if self.structure.states:
             return Refused("values that are carried beside the array")
@@ -123,9 +123,14 @@ class _SamplingSession(Session):
         nan = self._any_nan(flags)
         self.final.zero_()
         self.dead.copy_(nan)
+        bindings = structure.bindings
         # The tensors of the capture itself are the last to be kept here: a sweep reads them by address.
         self.shared = shared
-        self.stacked = {one.node: self._stack(one.node) for one in self.block.parts.inputs if one.kind == "step"}
+        self.stacked = {
+            one.node: stacked_steps(bindings[one.node], self.operands.values)
+            for one in self.block.parts.inputs
+            if one.kind == "step"
+        }
         return [self._flags(self.final, nan, nan, self.dead)]
 
     def _sweep(self) -> Sequence[torch.Tensor]:
@@ -139,7 +144,7 @@ class _SamplingSession(Session):
         news, places, changes = [], [], []
         for k, written in enumerate(self.written):
             here = written if rows is None else written.index_select(0, rows)
-            new = self._flat_value(k, ends)
+            new = self.results.written(k, ends, self.flat.dtype).contiguous()
             news.append(new)
             places.append(here)
             changes.append((bits_of(new) != bits_of(self.flat[here])).reshape(self.steps, -1).any(1))
@@ -189,34 +194,12 @@ class _SamplingSession(Session):
 
     def _select(self, node: fx.Node, known: dict[Any, Any], rows: torch.Tensor | None) -> torch.Tensor:
         source = known[self.structure.accesses[node].source]
-        positions, early = self.block.selected[node], self.block.early.get(node)
+        positions, early = self.block.selected[node].positions, self.block.early.get(node)
         if rows is not None:
             positions = positions.index_select(0, rows)
             early = early if early is None else early.index_select(0, rows)
         chosen: torch.Tensor = source.reshape(-1).index_select(0, positions.reshape(-1)).view(positions.shape)
         return chosen if early is None else torch.where(early, self.base[positions], chosen)
-
-    def _flat_value(self, k: int, ends: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return what the ``k``-th write of each step writes, a row a step, in the array's dtype."""
-        write = self.structure.writes[k]
-        value = ends[self.block.parts.ends.index(write.value)]
-        missing = write.positions.dim() - value.dim()
-        value = value.reshape(value.shape[0], *[1] * missing, *value.shape[1:])
-        rows = value.expand(len(value), *write.positions.shape[1:]).reshape(len(value), -1)
-        return rows.to(self.flat.dtype).contiguous()
-
-    def _stack(self, node: fx.Node) -> torch.Tensor:
-        binding: Any = self.structure.bindings[node]
-        values = self.operands.values
-        if isinstance(binding, Table):
-            return torch.stack([values[number] for number in binding.operands])
-        operand = values[binding.operand]
-        size = operand.shape[binding.dim]
-        moved: torch.Tensor = operand.movedim(binding.dim, 0)
-        indices = [index % size for index in binding.indices]
-        if indices == list(range(len(indices))):
-            return moved[: len(indices)]
-        return moved.index_select(0, constant(indices, device=moved.device))
 
     def _any_nan(self, flags: Sequence[torch.Tensor]) -> torch.Tensor:
         if not flags:
@@ -255,18 +238,14 @@ class _SamplingSession(Session):
             late.take()
         if dead:
             return None
-        if self._wants_ends() and (certificate is not Certificate.REPEATED):
+        if self.results.want_ends() and (certificate is not Certificate.REPEATED):
             # The ends of all steps at the final array: a sweep more, which is often on its way already.
             if launched == sweeps:
                 self.sweep.replay()
             sweeps += 1
         self._check_guards(ends)
-        return self._results(ends), Solution(sweeps, certificate, residual=0.0, prefixes=tuple(prefixes))
-
-    def _wants_ends(self) -> bool:
-        versions, outputs = self.structure.versions, self.structure.outputs
-        others = [r for r in self.loop.results if outputs[r.output] not in versions]
-        return bool(self.structure.guards or any(isinstance(outputs[r.output], fx.Node) for r in others))
+        solution = Solution(sweeps, certificate, residual=0.0, prefixes=tuple(prefixes))
+        return self.results.collect(ends, self._before, copied), solution
 
     def _check_guards(self, ends: Sequence[torch.Tensor]) -> None:
         """Check the guards of all steps, on values that are read all at once."""
@@ -279,29 +258,8 @@ class _SamplingSession(Session):
             wanted: Any = bindings[expected].values if isinstance(expected, fx.Node) else (expected,) * self.total
             guard_steps(value, wanted)
 
-    def _results(self, ends: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        results: list[Any] = []
-        versions = self.structure.versions
-        for result in self.loop.results:
-            node = self.structure.outputs[result.output]
-            match result:
-                case Step(_, step) if node in versions:
-                    results.append(self._version(step, versions[node]))
-                case Stacked(_) if node in versions:
-                    results.append(torch.stack([self._version(step, versions[node]) for step in range(self.total)]))
-                case Step(_, step):
-                    one = ends[self.block.parts.ends.index(node)][step] if isinstance(node, fx.Node) else node
-                    results.append(copied(one) if isinstance(one, torch.Tensor) else one)
-                case Stacked(_):
-                    results.append(copied(ends[self.block.parts.ends.index(node)]))
-        return tuple(results)
-
-    def _version(self, step: int, version: int) -> torch.Tensor:
-        """Return the array as it was at ``step`` after ``version`` of its writes, in memory of its own."""
-        last = step * self.count + version
+    def _before(self, equation: int) -> torch.Tensor:
+        """Return the array as it was before ``equation``, in memory of its own."""
         flat = self.flat.clone()
-        if last < self.equations:
-            for k, positions in enumerate(self.written):
-                here = positions[max(0, -(-(last - k) // self.count)) :]
-                flat[here] = self.base[here]
+        put_back(flat, self.base, self.written, equation)
         return self._array(flat)

@@ -9,7 +9,7 @@ completes in the ordinary order.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from typing_extensions import override
@@ -18,7 +18,7 @@ from fxjacobi.certificate import Certificate, Solution
 from fxjacobi.device.form import DeviceForm, Session
 from fxjacobi.device.hazards import indexes_by_guess
 from fxjacobi.device.norms import agreement, distance, relative
-from fxjacobi.device.runner import Captured, Refused
+from fxjacobi.device.runner import Captured, Late, Refused
 from fxjacobi.loops import Carried
 from fxjacobi.methods.guess import Base
 from fxjacobi.methods.method import Contract
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fxjacobi.device.operands import StaticOperands
-    from fxjacobi.device.runner import GraphRunner
+    from fxjacobi.device.runner import FlagReader, GraphRunner
     from fxjacobi.solved_loop import SolvedLoop
 
-__all__ = ["SolveForm", "SolveSession"]
+__all__ = ["Progress", "SolveForm", "SolveSession"]
 
 
 class SolveForm(DeviceForm):
@@ -69,6 +69,24 @@ class SolveForm(DeviceForm):
         return "each sweep is a captured graph"
 
 
+class Progress(Protocol):
+    """A method's own decision, from the numbers of each sweep.
+
+    Attributes:
+        prefixes: How many equations were final after each sweep.
+        done: Whether the tolerance is met.
+        stalled: Whether sweeps help no more.
+    """
+
+    prefixes: list[int]
+    done: bool
+    stalled: bool
+
+    def add(self, numbers: Sequence[float]) -> None:
+        """Take the numbers of one sweep in."""
+        ...
+
+
 class SolveSession(Session):
     """Programs of one method: ``begin`` a call, ``sweep``, and ``check`` the trajectory that the last sweep left."""
 
@@ -79,6 +97,7 @@ class SolveSession(Session):
         self.system = self.make_system()
         self.found: tuple[torch.Tensor, ...] = ()
         """The state's components of all steps, then other outputs that are results, where the sweep yields them."""
+        self.reader: FlagReader
         self.begin: Captured
         self.sweep: Captured
         self._check: Captured
@@ -140,6 +159,30 @@ class SolveSession(Session):
             holds = holds & agreement(alone, tuple(value[step] for value in values))
         residual = relative(values, states, Contract(rtol=1.0))
         return [torch.stack([holds.double(), residual]), *(outputs[o] for o in system.others)]
+
+    def swept(self, progress: Progress, most: int, lag: int = 1) -> tuple[tuple[Any, ...], Solution] | None:
+        """Sweep until ``progress`` says so, at most ``most`` times, and finish; ``None`` where it is not done then.
+
+        Args:
+            progress: Decides, from the first output of each sweep.
+            most: Sweeps that the method may take.
+            lag: How many sweeps late their numbers are read.
+        """
+        late = Late(self.reader, lag)
+        self.begin.replay()
+        bound = most if self.contract.max_sweeps is None else min(self.contract.max_sweeps, most)
+        launched = 0
+        while launched < bound and not progress.done and not progress.stalled:
+            self.sweep.replay()
+            launched += 1
+            late.post(self.sweep.outputs[0])
+            if late.due():
+                progress.add(late.take()[0])
+        while late.pending:
+            numbers, _ = late.take()
+            if not progress.done:
+                progress.add(numbers)
+        return self.finish(tuple(progress.prefixes)) if progress.done else None
 
     def finish(self, prefixes: tuple[int, ...]) -> tuple[tuple[Any, ...], Solution] | None:
         """Return the results in memory of their own if every equation holds, ``None`` otherwise."""

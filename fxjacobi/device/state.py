@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxjacobi.aliasing import storage_key
+from fxjacobi.bits import bits_of
 from fxjacobi.device.operands import layout_of, static_like
 from fxjacobi.device.runner import Refused
-from fxjacobi.loops import Carried, Invariant, Literal, Scanned, Table
+from fxjacobi.loops import Carried, read_at
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -22,15 +23,6 @@ __all__ = ["CarriedState", "bits_of"]
 
 _LEAD = 3
 """Steps after which a state has the layout that it keeps; one that still changes is refused."""
-
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits_of(value: torch.Tensor) -> torch.Tensor:
-    """Return the bits as integers, so that NaN equals itself and -0 differs from 0."""
-    if value.is_complex():
-        value = torch.view_as_real(value)
-    return value.view(_INTEGER_OF_SIZE[value.element_size()])
 
 
 def _repeats(value: torch.Tensor) -> bool:
@@ -127,18 +119,8 @@ class CarriedState:
         for place, binding in enumerate(self.loop.bindings):
             if place in skip:
                 arguments.append(None)
-                continue
-            match binding:
-                case Carried():
-                    arguments.append(heads[place])
-                case Scanned(operand, dim, indices):
-                    arguments.append(operands[operand].select(dim, indices[step]))
-                case Table(table):
-                    arguments.append(operands[table[step]])
-                case Literal(numbers):
-                    arguments.append(numbers[step])
-                case Invariant(operand):
-                    arguments.append(operands[operand])
+            else:
+                arguments.append(heads[place] if place in heads else read_at(binding, step, operands, ()))
         return arguments
 
     def after(self, outputs: Sequence[Any], values: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:

@@ -14,14 +14,14 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from typing_extensions import override
 
 from fxjacobi import ops
 from fxjacobi.certificate import Certificate, Solution
 from fxjacobi.device.block_input import BlockInput, pace, places
 from fxjacobi.device.flags import read
-from fxjacobi.device.form import DeviceForm, Forms, Session
+from fxjacobi.device.form import DeviceForm, Explained, Forms, Session
 from fxjacobi.device.hazards import draws, may_assert
 from fxjacobi.device.operands import ALIGNMENT, copied
 from fxjacobi.device.runner import Captured, Refused, runner_for
@@ -44,7 +44,7 @@ _WHOLE = 32768
 """Operations of one graph of all steps, where blocks of steps are no equals of one another."""
 
 
-class StepGraphs(nn.Module):
+class StepGraphs(Explained):
     """``s_t = h_t(s_{t-d})`` for ``t = 0 .. T-1`` in order (Gauss-Seidel), its steps captured; see the module's docstring.
 
     Args:
@@ -57,7 +57,7 @@ class StepGraphs(nn.Module):
     def __init__(self, loop: Loop, operations: int = _OPERATIONS) -> None:
         super().__init__()
         self.loop = loop
-        self._why = loop.reason
+        self.reason = loop.reason
         self.last: Solution | None = None
         self._forms = Forms(lambda runner, device: StepForm(loop, runner, device, operations))
 
@@ -65,11 +65,6 @@ class StepGraphs(nn.Module):
     def in_order(self) -> Loop:
         """The loop, for a loop around this one that is scripted as a whole."""
         return self.loop
-
-    @property
-    def reason(self) -> str:
-        """Why it is solved so, and what of it is captured on a device."""
-        return self._forms.explain(self._why)
 
     def forward(self, *operands: Any) -> tuple[Any, ...]:
         """Run the steps and return the loop's results."""

@@ -17,8 +17,8 @@ import torch
 from typing_extensions import override
 
 from fxjacobi.device.norms import distance, leading_count
-from fxjacobi.device.runner import Late, Refused
-from fxjacobi.device.solve_form import SolveForm, SolveSession
+from fxjacobi.device.runner import Refused
+from fxjacobi.device.solve_form import Progress, SolveForm, SolveSession
 from fxjacobi.loops import Invariant, Literal
 from fxjacobi.methods.settle import distances_of, errors_to_come, floors, leading, observed_gains
 from fxjacobi.methods.windowed import Windowed
@@ -115,26 +115,10 @@ class _WindowedSession(SolveSession):
 
     @override
     def solve(self) -> tuple[tuple[Any, ...], Solution] | None:
-        late = Late(self.reader)
-        progress = _Progress(self)
-        self.begin.replay()
-        most = self.contract.max_sweeps
-        bound = self.total if most is None else min(most, self.total)
-        launched = 0
-        while launched < bound and not progress.done and not progress.stalled:
-            self.sweep.replay()
-            launched += 1
-            late.post(self.sweep.outputs[0])
-            if late.due():
-                progress.add(late.take()[0])
-        while late.pending:
-            numbers, _ = late.take()
-            if not progress.done:
-                progress.add(numbers)
-        return self.finish(tuple(progress.prefixes)) if progress.done else None
+        return self.swept(_Progress(self), self.total)
 
 
-class _Progress:
+class _Progress(Progress):
     """The method's own decision (:func:`fxjacobi.methods.sweep.sweep`), from the numbers of each sweep."""
 
     def __init__(self, session: _WindowedSession) -> None:
@@ -144,9 +128,10 @@ class _Progress:
         self._distances = distances_of(session.system)
         self._prefix = self._seen = 0
         self._best, self._since, self._from = math.inf, 0, 0
-        self.prefixes: list[int] = []
+        self.prefixes = []
         self.done = self.stalled = False
 
+    @override
     def add(self, numbers: Sequence[float]) -> None:
         """Take the updates of one sweep in."""
         session, total, window = self._session, self._session.total, self._session.window

@@ -58,8 +58,8 @@ def candidates(
         # One sweep where the warm-up is as long as the memory; longer chunks do less twice, shorter ones make fewer calls.
         # An eighth more, because the memory was measured on a few stretches and every chunk must have forgotten.
         warm = 0 if length is None else length + length // 8 + 1
-        warmed = [] if length is None else [Chunked(c, warm) for c in (4 * warm // 3, 2 * warm, 4 * warm)]
-        found = [m for m in warmed if 2 * m.chunk <= loop.trip_count]
+        sizes = [] if length is None else [_even(c * warm // 3, warm, loop.trip_count) for c in (3, 4, 6, 12)]
+        found = [Chunked(c, warm) for c in dict.fromkeys(sizes) if 2 * c <= loop.trip_count]
         if not found:
             found = [sized(Chunked, loop, length)]
         windows = [] if length is None else [w for w in (2 * length,) if w < loop.trip_count]
@@ -71,6 +71,15 @@ def candidates(
     if small:
         found += [Newton(), Damped()]
     return [*(m for m in found if m.applies(loop)), Sequential()]
+
+
+def _even(wanted: int, least: int, steps: int) -> int:
+    """Return a chunk of about ``wanted`` steps, ``least`` or more, that divides ``steps`` where there is one.
+
+    The inputs of chunks that start evenly apart are a view, and no copy (:func:`fxjacobi.methods.chunks.prepared`).
+    """
+    near = [c for c in range(max(least, wanted * 9 // 10), wanted * 4 // 3 + 1) if steps % c == 0]
+    return min(near, key=lambda c: abs(c - wanted), default=wanted)
 
 
 def sized(kind: type[Method], loop: Loop, length: int | None) -> Method:

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
-from fxjacobi.methods.chunks import Chunks, Heads, heads_of, prepared, run_chunks, with_heads
-from fxjacobi.methods.frozen import independent
+from fxjacobi.footprint import input_bytes
+from fxjacobi.methods.chunks import Chunks, Heads, ends_of, heads_of, prepared, run_chunks, with_heads
+from fxjacobi.methods.comparison import compared
+from fxjacobi.methods.frozen import independent, settled
 from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.settle import (
     changed_steps,
     errors_to_come,
-    floors,
     leading,
     observed_gains,
     replace_non_finite,
-    units,
 )
 
 if TYPE_CHECKING:
+    from fxjacobi.footprint import StateSize
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
@@ -61,6 +62,15 @@ class Chunked(Method):
     @override
     def applies(self, loop: Loop) -> bool:
         return True
+
+    @override
+    def rows_at_once(self, steps: int, reach: int) -> int:
+        return -(-steps // max(self.chunk, reach))
+
+    @override
+    def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
+        # Chunks that start evenly apart read their inputs where they lie.
+        return 0 if loop.trip_count % max(self.chunk, size.reach) == 0 else input_bytes(loop)
 
     @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
@@ -111,36 +121,27 @@ def _started(system: System, states: States, length: int, warm_up: int) -> Itera
     if warm_up and count > 1:
         warm = max(system.reach, min(warm_up, starts[1]))
         warm_starts = tuple(max(0, start - warm) for start in starts[1:])
-        before = prepared(system, states, warm_starts, warm, 0)
+        before = prepared(system, states, warm_starts, warm, 0, tail=system.reach)
         warm_heads = before.heads
-        found, _ = run_chunks(system, before)
-        heads = _heads_after(system, heads_of(system, states, starts), starts, warm_starts, found)
+        heads = _heads_after(system, heads_of(system, states, starts[:1]), ends_of(system, before))
     else:
         heads = heads_of(system, states, starts)
-    chunks = prepared(system, states, starts, length, 0)
-    chunks = with_heads(chunks, _finite_heads(system, heads, system.base(), 1))
+    chunks = prepared(system, states, starts, length, 0, heads=_finite_heads(system, heads, system.base(), 1))
     memory = _Memory(chunks, warm_starts, warm_heads)
     return Iterate(states, updates=torch.zeros(count, dtype=torch.float64), gains=unknown, memory=memory)
 
 
-def _heads_after(
-    system: System, heads: Heads, starts: tuple[int, ...], warm_starts: tuple[int, ...], found: States
-) -> Heads:
-    """Return ``heads`` as each chunk's own warm-up, ``found`` ``(chunks - 1, warm, *shape)``, left them."""
+def _heads_after(system: System, first: Heads, ends: States) -> Heads:
+    """Return what is before the first chunk, (1, ...), and before each other what its warm-up left.
+
+    ``ends`` hold the last steps of the warm-ups, which end where the chunks start: (chunks - 1, reach, *shape).
+    """
     result: list[torch.Tensor] = []
-    position = 0
     for carry in system.carries:
-        values = found[carry.component]
+        values = ends[carry.component]
         for inner in range(carry.depth):
-            head = heads[position]
-            position += 1
-            read = [start + inner - carry.distance - warm for start, warm in zip(starts[1:], warm_starts, strict=True)]
-            rows = [row for row, step in enumerate(read) if 0 <= step < values.shape[1]]
-            if rows:
-                at = torch.tensor(rows, device=head.device)
-                steps = torch.tensor([read[row] for row in rows], device=head.device)
-                head = head.index_copy(0, at + 1, values[at, steps])
-            result.append(head)
+            before = values[:, system.reach - carry.distance + inner]
+            result.append(torch.cat([first[len(result)], before]))
     return tuple(result)
 
 
@@ -181,19 +182,20 @@ def _exchange(system: System, iterate: Iterate, states: States, contract: Contra
             changed |= changed_steps((new,), (old,))
         final, update = leading(~changed), float(changed.double().mean())
     else:
-        moved = _distance(heads, chunks.heads, contract)
-        floor = torch.stack([floors((head,), contract) for head in heads]).amax(0).cpu()
-        final, update = leading(moved <= floor), float(moved.amax())
+        apart = compared(heads, chunks.heads, contract)
+        moved, floor = apart.units, apart.floor
+        final, update = leading(apart.settled), float(moved.amax())
         assert iterate.updates is not None, "init() sets it"
         assert iterate.gains is not None, "init() sets it"
-        # The next chunk's start moved by the gain of this chunk times the last move of its own start.
-        updates, gains = torch.zeros_like(iterate.updates), iterate.gains
+        updates = torch.zeros_like(iterate.updates)
         updates[chunks.first :] = moved
-        every = torch.zeros_like(updates)
-        every[chunks.first :] = floor
-        gains = observed_gains(updates, iterate.updates, gains, every, (1,))
         if memory.warm_starts:
             gains = _warm_gains(system, memory, states, moved, floor, contract)
+        else:
+            # The next chunk's start moved by the gain of this chunk times the last move of its own start.
+            every = torch.zeros_like(updates)
+            every[chunks.first :] = floor
+            gains = observed_gains(updates, iterate.updates, iterate.gains, every, (1,))
         if update <= 1.0:
             update = max(update, errors_to_come(moved, gains[chunks.first :], floor, (1,))[1])
     finals = chunks.first + final
@@ -213,10 +215,6 @@ def _exchange(system: System, iterate: Iterate, states: States, contract: Contra
     )
 
 
-def _distance(new: Heads, old: Heads, contract: Contract) -> torch.Tensor:
-    return torch.stack([units((n,), (o,), contract) for n, o in zip(new, old, strict=True)]).amax(0).cpu()
-
-
 def _warm_gains(
     system: System, memory: _Memory, states: States, moved: torch.Tensor, floor: torch.Tensor, contract: Contract
 ) -> torch.Tensor:
@@ -225,7 +223,7 @@ def _warm_gains(
     The warm-up to chunk ``c`` began at a guess that is off by what the trajectory has there now, and was off by
     ``moved[c]`` at its end.
     """
-    off = _distance(heads_of(system, states, memory.warm_starts), memory.warm_heads, contract)
+    off = compared(heads_of(system, states, memory.warm_starts), memory.warm_heads, contract).units
     unknown = torch.full_like(off, math.inf)
     gains = torch.where(torch.isfinite(off) & (off > 4 * floor[1:]), moved[1:] / off.clamp_min(1e-300), unknown)
     return torch.cat([torch.full((1,), math.inf, dtype=gains.dtype), gains])
@@ -236,10 +234,7 @@ def _unsettled(system: System, chunks: Chunks, heads: Heads, contract: Contract)
     batch = heads[0].shape[1] if heads[0].dim() > 1 else 1
     if contract.exact or batch == 1 or system.batch is not system.body or not independent(system):
         return chunks.samples
-    still = torch.zeros(batch, dtype=torch.bool)
-    for new, old in zip(heads, chunks.heads, strict=True):
-        a, b = (new.flatten(0, 1),), (old.flatten(0, 1),)
-        still |= (units(a, b, contract) > floors(a, contract)).reshape(-1, batch).any(0).cpu()
+    still = ~torch.stack([settled((n,), (o,), contract) for n, o in zip(heads, chunks.heads, strict=True)]).all(0)
     count = int(still.sum())
     before = batch if chunks.samples is None else len(chunks.samples)
     return still.nonzero().squeeze(1).to(heads[0].device) if 0 < 2 * count <= before else chunks.samples

@@ -12,8 +12,8 @@ import torch
 
 from fxjacobi.batched_body import Strategy
 from fxjacobi.bits import equal_elements
+from fxjacobi.methods.comparison import compared
 from fxjacobi.methods.method import Contract, Iterate, Method
-from fxjacobi.methods.settle import floors, units
 
 if TYPE_CHECKING:
     from fxjacobi.loops import Loop
@@ -72,7 +72,9 @@ def _measured(system: System) -> bool:
             return False
         if wanted.is_floating_point():
             atol = math.sqrt(torch.finfo(wanted.dtype).eps) * float(wanted.abs().nan_to_num(0.0, 0.0, 0.0).amax())
-            if bool((units((wanted,), (part,), Contract(atol=atol + torch.finfo(wanted.dtype).tiny)) > 1).any()):
+            if bool(
+                (compared((wanted,), (part,), Contract(atol=atol + torch.finfo(wanted.dtype).tiny)).units > 1).any()
+            ):
                 return False
         elif not torch.equal(wanted, part):
             return False
@@ -90,8 +92,8 @@ def settled(new: States, old: States, contract: Contract) -> torch.Tensor:
     """Return for each sample whether no step of it moved by more than rounding, (B,); states are (T, B, ...)."""
     steps, size = new[0].shape[:2]
     apart_new, apart_old = (tuple(s.flatten(0, 1) for s in states) for states in (new, old))
-    still = units(apart_new, apart_old, contract) <= floors(apart_new, contract)
-    return still.reshape(steps, size).all(0)
+    still = compared(apart_new, apart_old, contract).settled
+    return still.reshape(steps, size).all(0).to(new[0].device)
 
 
 class Samples:
@@ -150,7 +152,7 @@ class Samples:
         self.active = left if self.active is None else self.active[left]
         self.system = self.whole.of_samples(self.active)
         logger.debug("%s: %d samples are left after sweep %d", method.name, left.shape[0], self._sweeps)
-        updates = units(tuple(n[:, left] for n in new), tuple(o[:, left] for o in old), self.contract).cpu()
+        updates = compared(tuple(n[:, left] for n in new), tuple(o[:, left] for o in old), self.contract).units
         states = tuple(s[:, left] for s in iterate.states)
         return replace(part, states=states, updates=updates, others=None, open=None)
 

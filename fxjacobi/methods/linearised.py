@@ -11,8 +11,15 @@ import torch
 from fxjacobi.graph import TensorSpec, spec_of
 from fxjacobi.loops import Carried
 from fxjacobi.methods.associative_scan import affine_scan
+from fxjacobi.methods.comparison import compared
 from fxjacobi.methods.jacobian import nearest_carry, windows
-from fxjacobi.methods.settle import floors, geometric_remainder, leading, observed_ratios, replace_non_finite, units
+from fxjacobi.methods.settle import (
+    changed_steps,
+    geometric_remainder,
+    leading,
+    observed_ratios,
+    replace_non_finite,
+)
 
 if TYPE_CHECKING:
     from fxjacobi.loops import Loop
@@ -30,12 +37,21 @@ def has_float_state(loop: Loop) -> bool:
 
 
 def advance(
-    system: System, iterate: Iterate, contract: Contract, values: States, proposal: States, *, second_order: bool
+    system: System,
+    iterate: Iterate,
+    contract: Contract,
+    values: States,
+    proposal: States,
+    *,
+    second_order: bool,
+    rounded: torch.Tensor | None = None,
 ) -> Iterate:
     """Return the iterate whose trajectory is ``proposal``, given ``values = h(iterate.states)``.
 
-    Steps whose inputs are final take ``values``: so these methods, too, keep a prefix that grows with every sweep.
-    Where the proposal is not finite it is replaced by ``values``, then by the base values.
+    Steps whose inputs are final to the bit take ``values``: so these methods, too, reach the answer in ``T`` sweeps at
+    most. All others take the proposal, those of the prefix that rounding still moves included: from where it is not
+    taken, what these roundings add up to would be missing. Where the proposal is not finite it is replaced by
+    ``values``, then by the base values.
 
     Args:
         system: The equations.
@@ -46,15 +62,19 @@ def advance(
         second_order: Whether the update itself estimates the error of the old iterate, amplification by later steps
             included, as a Newton update does; otherwise equal ratios of successive updates must not add up to more
             than the tolerance either.
+        rounded: How many times more than by one evaluation's rounding the steps of a proposal move that adds values of
+            earlier steps up, (T,); updates within it, and within the tolerance, are taken for rounding.
     """
     base = system.base()
-    floor = floors(values, contract).cpu()
-    final = leading(units(values, iterate.states, contract).cpu() <= floor)
-    prefix = min(system.steps, final + system.nearest)
-    fallback = replace_non_finite(values, base, prefix)
-    new = tuple(torch.cat([v[:prefix], p[prefix:]]) for v, p in zip(values, proposal, strict=True))
-    new = replace_non_finite(new, fallback, prefix)
-    updates = units(new, iterate.states, contract).cpu()
+    against = compared(values, iterate.states, contract)
+    floor = against.floor if rounded is None else (against.floor * rounded).minimum(against.floor.clamp_min(1.0))
+    prefix, exact = (
+        min(system.steps, leading(final) + system.nearest) for final in (against.settled, against.units == 0)
+    )
+    fallback = replace_non_finite(values, base, exact)
+    new = tuple(torch.cat([v[:exact], p[exact:]]) for v, p in zip(values, proposal, strict=True))
+    new = replace_non_finite(new, fallback, exact)
+    updates = compared(new, iterate.states, contract).units
     update = float(updates.amax())
     earlier = iterate.updates if iterate.updates is not None else torch.zeros_like(updates)
     ratios = iterate.gains if iterate.gains is not None else torch.full_like(updates, math.inf)
@@ -68,14 +88,19 @@ def advance(
 
 
 def scan_diagonal(system: System, states: States, values: States, diagonal: tuple[torch.Tensor | None, ...]) -> States:
-    """Return ``s_t = h_t(s^k) + D_t (s_{t-d} - s^k_{t-d})`` by one scan a component; ``values`` where there is no D."""
+    """Return ``s_t = h_t(s^k) + D_t (s_{t-d} - s^k_{t-d})`` by one scan a component; ``values`` where there is no D.
+
+    It starts from the steps that are final to the bit.
+    """
     read = windows(system, states)
+    exact = min(system.steps, leading(~changed_steps(values, states)) + system.nearest)
     result: list[torch.Tensor] = []
     for component, (value, factor) in enumerate(zip(values, diagonal, strict=True)):
         if factor is None:
             result.append(value)
             continue
         index = nearest_carry(system, component)
+        factor[:exact] = 0
         result.append(affine_scan(factor, value - factor * read[index], system.carries[index].distance))
     return tuple(result)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fxjacobi.methods.chunks import prepared, run_chunks, with_heads
-from fxjacobi.methods.settle import units
+from fxjacobi.methods.comparison import compared
 
 if TYPE_CHECKING:
     from fxjacobi.methods.method import Contract
@@ -38,6 +38,6 @@ def memory_length(system: System, contract: Contract, limit: int = LONGEST_MEMOR
     for moved in (chunks, with_heads(chunks, heads)):
         # (stretches, limit, *shape) -> (limit, stretches, *shape): tolerances are those of single steps.
         runs.append(tuple(value.transpose(0, 1) for value in run_chunks(system, moved)[0]))
-    far = (units(runs[0], runs[1], contract) > 1.0).nonzero()
+    far = (compared(runs[0], runs[1], contract).units > 1.0).nonzero()
     length = int(far[-1]) + 2 if far.numel() else 1
     return length if length <= limit else None

@@ -144,6 +144,10 @@ class Method(ABC):
         """Whether the next sweep takes up steps that no sweep has seen, of all samples."""
         return False
 
+    def rows_at_once(self, steps: int, reach: int) -> int:  # noqa: ARG002 - for subclasses
+        """Return how many of ``steps`` steps one batched evaluation of a sweep takes, where memory allows it."""
+        return steps
+
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:  # noqa: ARG002 - for subclasses
         """Return the bytes that a sweep holds for each step, beside two trajectories and evaluations in ranges.
 

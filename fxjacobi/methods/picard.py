@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,7 +26,8 @@ __all__ = ["Picard"]
 class Picard(Method):
     """``s_t = s_{t-d} + (h_t(s^k_{t-d}) - s^k_{t-d})``, a prefix sum of increments (ParaDiGMS, arXiv 2305.16317, eq. 4).
 
-    Newton with the identity for a Jacobian: for chains of small increments (samplers, ODE steps, residual layers).
+    Newton with the identity for a Jacobian: for chains of small increments (samplers, ODE steps, residual layers). Not for
+    tolerances near the dtype's precision: the sum carries the rounding of all steps along, some ``sqrt(T)`` epsilons.
     """
 
     keeps_bits: ClassVar[bool] = False
@@ -49,7 +51,9 @@ class Picard(Method):
                 one[: system.carries[nearest_carry(system, component)].distance] = 0
             identity.append(one)
         proposal = scan_diagonal(system, iterate.states, values, tuple(identity))
-        return advance(system, iterate, contract, values, proposal, second_order=False)
+        return advance(
+            system, iterate, contract, values, proposal, second_order=False, rounded=_rounded(iterate.states)
+        )
 
     @override
     def done(self, iterate: Iterate, contract: Contract) -> bool:
@@ -62,3 +66,14 @@ class Picard(Method):
     @override
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
         return 4 * size.bytes
+
+
+def _rounded(states: States) -> torch.Tensor:
+    """Return by how much the rounding of a sum of increments outweighs one step's: ``|(|s_0|, .., |s_t|)| / |s_t|``, (T,)."""
+    result = torch.ones(states[0].shape[0], dtype=torch.float64)
+    for value in states:
+        if value.is_floating_point():
+            size = torch.linalg.vector_norm(value.reshape(value.shape[0], -1), math.inf, 1).double().cpu()
+            total = size.square().cumsum(0).sqrt()
+            result = torch.maximum(result, torch.where(size > 0, total / size, 1.0))
+    return torch.where(torch.isfinite(result), result, 1.0)

@@ -24,7 +24,6 @@ __all__ = [
     "observed_gains",
     "observed_ratios",
     "replace_non_finite",
-    "units",
 ]
 
 ROUNDING = 8.0
@@ -44,30 +43,6 @@ def changed_steps(new: States, old: States) -> torch.Tensor:
 
 def _flat(value: torch.Tensor) -> torch.Tensor:
     return value.reshape(value.shape[0], -1)
-
-
-def units(difference_of: States, other: States, contract: Contract) -> torch.Tensor:
-    """Return for each step the largest ``max |a - b| / (atol + rtol max |a|)`` over the tensors of the state, (n,).
-
-    Zero where both are equal (equal infinities and NaN against NaN included), infinite where only one is finite.
-    Tensors of integers and bools are equal or infinitely far.
-    """
-    result: torch.Tensor | None = None
-    for a, b in zip(difference_of, other, strict=True):
-        flat_a, flat_b = _flat(a), _flat(b)
-        if a.is_floating_point() or a.is_complex():
-            worst = torch.linalg.vector_norm(flat_a - flat_b, math.inf, 1)
-            size = torch.linalg.vector_norm(flat_a, math.inf, 1)
-            if not bool(torch.isfinite(worst).all()):
-                gap = torch.where(equal_elements(flat_a, flat_b), 0.0, (flat_a - flat_b).abs())
-                worst = torch.where(torch.isnan(gap), math.inf, gap).amax(1)
-                size = torch.where(torch.isfinite(flat_a), flat_a.abs(), 0.0).amax(1)
-            ratio = torch.where(worst == 0, 0.0, worst / (contract.atol + contract.rtol * size)).double()
-        else:
-            ratio = torch.where((flat_a == flat_b).all(1), 0.0, math.inf).double()
-        result = ratio if result is None else torch.maximum(result, ratio)
-    assert result is not None, "a recurrence has at least one component"
-    return result
 
 
 def floors(states: States, contract: Contract) -> torch.Tensor:
@@ -104,11 +79,16 @@ def errors_to_come(
     """
     pending = [0.0] * max(distances)
     after = before = 0.0
+    nearest, *further = distances
     for update, gain, rounding in zip(updates.tolist(), gains.tolist(), floor.tolist(), strict=True):
-        incoming = max(pending[-d] for d in distances)
+        incoming = pending[-nearest]
+        for distance in further:
+            incoming = max(incoming, pending[-distance])
         error = 0.0 if incoming == 0.0 else gain * incoming
         total = error + update
-        after, before = max(after, error), max(before, total)
+        # Not max(): this loop is half of a small solve's bookkeeping. A NaN counts for nothing here, as in max().
+        after = error if error > after else after  # noqa: FURB136
+        before = total if total > before else before  # noqa: FURB136
         pending.append(0.0 if total <= rounding else total)
     return after, before
 

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fxjacobi.methods.comparison import compared
 from fxjacobi.methods.method import Contract, Iterate
 from fxjacobi.methods.settle import (
     changed_steps,
     distances_of,
     errors_to_come,
-    floors,
     leading,
     observed_gains,
     replace_non_finite,
-    units,
 )
 
 if TYPE_CHECKING:
@@ -58,9 +57,8 @@ def sweep(system: System, iterate: Iterate, contract: Contract, stop: int, seen:
         unchanged, update = leading(~changed), float(changed.double().mean())
         updates = gains = None
     else:
-        moved = units(raw, old, contract).cpu()
-        floor = floors(raw, contract).cpu()
-        unchanged = leading(moved <= floor)
+        against = compared(raw, old, contract)
+        moved, floor, unchanged = against.units, against.floor, leading(against.settled)
         assert iterate.updates is not None, "started() sets it"
         assert iterate.gains is not None, "started() sets it"
         updates = torch.zeros_like(iterate.updates)

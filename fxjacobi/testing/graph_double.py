@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxjacobi.aliasing import storage_key
 from fxjacobi.constants import Constants, held
-from fxjacobi.device.capturable import NotCapturableError, refusal
+from fxjacobi.device.capturable import Capturable, NotCapturableError, refusal
 from fxjacobi.device.runner import Refused
 
 if TYPE_CHECKING:
@@ -23,20 +23,17 @@ __all__ = ["GraphDouble", "HostReads"]
 aten = torch.ops.aten
 
 
-class _Capture(TorchDispatchMode):
+class _Capture(Capturable):
     """Runs a program and keeps its operations with the very tensors that they read and made."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch's mode carries no annotations
+        super().__init__()
         self.launches: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        reason = refusal(func, args, kwargs or {})
-        if reason is not None:
-            raise NotCapturableError(reason)
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         self.launches.append((func, args, kwargs or {}, result))
         return result
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxjacobi.graph import spec_of_value, stamp
+from fxjacobi.graph import stamp_all
 from fxjacobi.loops import Binding, Carried, Invariant, Literal, Loop, Result, Scanned, Stacked, Step
 
 if TYPE_CHECKING:
@@ -30,21 +30,13 @@ class Recurrence:
         return self.loop(*self.operands)  # type: ignore[no-any-return]
 
 
-class _Stamping(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op != "output":
-            stamp(n, spec_of_value(value))
-        return value
-
-
 def traced_body(step: Callable[..., tuple[torch.Tensor, ...]], arguments: Sequence[Any]) -> fx.GraphModule:
     """Trace one step into a stamped body; an argument that is no tensor stays a placeholder."""
     if all(isinstance(a, torch.Tensor) for a in arguments):
         body = make_fx(step)(*arguments)
     else:
         body = fx.symbolic_trace(step)
-    _Stamping(body).run(*arguments)
+    stamp_all(body, arguments)
     return body
 
 

@@ -66,7 +66,9 @@ def test_sampling_is_one_jacobi_block() -> None:
         return x
 
     code, _ = _emitted(sample, 6)
-    FileCheck().check_count("aten.rand.default", 12, exactly=True).check("self.jacobi_").check("return (").run(code)
+    FileCheck().check_count("draw_each(torch.ops.aten.rand.default, 12, ", 1, exactly=True).check("self.jacobi_").check(
+        "return ("
+    ).run(code)
 
 
 def test_straight_code_stays_straight() -> None:

@@ -6,7 +6,6 @@ largest magnitude cannot be told from a rounded one, so smaller tolerances ask f
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxjacobi
+from fxjacobi.bits import equal_elements
 from fxjacobi.certificate import Certificate
 from fxjacobi.loops import Binding, Carried, Invariant, Loop, Scanned, Stacked
 from fxjacobi.methods import (
@@ -31,9 +31,8 @@ from fxjacobi.methods import (
     QuasiNewton,
     Windowed,
 )
-from fxjacobi.methods.settle import floors, units
+from fxjacobi.methods.comparison import compared
 from fxjacobi.solve import lawful, solve
-from fxjacobi.system import System
 from fxjacobi.testing.recurrences import traced_body
 
 if TYPE_CHECKING:
@@ -91,8 +90,8 @@ CELLS: dict[str, tuple[Callable[..., Tensors], int]] = {
 METHODS: list[Method] = [
     Jacobi(), Windowed(64), Chunked(48), Newton(), QuasiNewton(), Damped(), Picard(), Anderson(), Affine(),
 ]  # fmt: skip
-LONG: list[Method] = [Windowed(128), Chunked(100), Newton(), Affine()]
-LONGEST: list[Method] = [Chunked(200), Affine()]
+LONG: list[Method] = [Windowed(256), Chunked(100), *METHODS[3:]]
+LONGEST: list[Method] = [Jacobi(), Windowed(2500), Chunked(200), *METHODS[3:]]
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,12 @@ class Case:
         """Return the largest error, relative to the largest magnitude of the state."""
         pairs = list(zip(found, self.truth, strict=True))
         return max(float((f.double() - t).abs().max()) for f, t in pairs) / max(float(t.abs().max()) for _, t in pairs)
+
+    def ordinary_steps_from(self, found: Tensors) -> Tensors:
+        """Return the step that the ordinary run takes from each state of ``found``, ``h_t(s_{t-1})``, one by one."""
+        before = [[start, *states[:-1]] for start, states in zip(self.operands, found, strict=False)]
+        taken = [self.loop.body(*s, x, self.operands[-1]) for *s, x in zip(*before, self.operands[-2], strict=True)]
+        return tuple(torch.stack(component) for component in zip(*taken, strict=True))
 
 
 def case(cell: str, steps: int, scale: float = 1.0, seed: int = 0) -> Case:
@@ -145,8 +150,7 @@ def test_errors_against_float64(cell: str, steps: int, methods: list[Method]) ->
             if not lawful(method, known.loop, Contract(rtol=rtol)):
                 continue
             found, solution = solve(known.loop, known.operands, method, Contract(rtol=rtol))
-            bound = 2 * ordinary if rtol == EPSILON else rtol + 2 * ordinary
-            assert known.error(found) <= bound, f"{method} at rtol={rtol:g}: {solution}"
+            assert known.error(found) <= max(rtol, 2 * ordinary), f"{method} at rtol={rtol:g}: {solution}"
             solved += solution.completed == 0
     assert solved >= 2
 
@@ -155,11 +159,21 @@ def test_errors_against_float64(cell: str, steps: int, methods: list[Method]) ->
 def test_errors_of_ten_thousand_steps(cell: str) -> None:
     known = case(cell, 10_000)
     ordinary = known.error(known.ordinary)
-    for method in LONGEST:
-        if lawful(method, known.loop, Contract(rtol=1e-5)):
-            found, solution = solve(known.loop, known.operands, method, Contract(rtol=1e-5))
-            assert solution.completed == 0
-            assert known.error(found) <= 1e-5 + 2 * ordinary
+    solved: set[str] = set()
+    # At the tightest tolerance most methods' last bits never settle: they have a few sweeps before the rest is run in order.
+    for rtol, sweeps in ((1e-5, 300), (EPSILON, 8)):
+        for method in LONGEST:
+            contract = Contract(rtol=rtol, max_sweeps=sweeps)
+            if not lawful(method, known.loop, contract):
+                continue
+            found, solution = solve(known.loop, known.operands, method, contract)
+            assert known.error(found) <= max(rtol, 2 * ordinary), f"{method} at rtol={rtol:g}: {solution}"
+            assert solution.sweeps <= sweeps
+            assert (solution.completed > 0) == (solution.certificate is Certificate.FELL_BACK)
+            if solution.completed == 0:
+                solved.add(method.name if rtol > EPSILON else f"{method.name}, tightest")
+    affine = {"affine"} if lawful(Affine(), known.loop, Contract(rtol=1e-5)) else set()
+    assert solved >= {"chunked(200)", "chunked(200), tightest", "newton", "quasi_newton"} | affine
     if cell not in ("gru", "lstm", "minGRU"):
         return  # the others' way through the compiler is one of these
     function, components = CELLS[cell]
@@ -188,19 +202,22 @@ def test_errors_of_ten_thousand_steps(cell: str) -> None:
     seed=st.integers(0, 100),
 )
 def test_cells_past_the_edge_of_stability(cell: str, scale: float, method: Method, seed: int) -> None:
-    """Weights ``scale`` times past the edge: every equation holds, and what was not swept was run in order, and says so."""
+    """Weights ``scale`` times past the edge: every equation holds, and what was not swept was run in order, and says so.
+
+    Such cells amplify every rounding, so that the ordinary run itself is far from float64: what can be said of an answer
+    is how far each of its steps is from the step that the ordinary run would take from the one before it.
+    """
     # Uniform weights within 2 / sqrt(H): a spectral radius of about 2 / sqrt(3) for the plain cells.
     known = case(cell, 120, 2.0 * scale, seed)
     contract = Contract(rtol=1e-5)
     found, solution = solve(known.loop, known.operands, method, contract)
     assert solution.certificate in (Certificate.RESIDUAL, Certificate.FELL_BACK)
     assert (solution.completed > 0) == (solution.certificate is Certificate.FELL_BACK)
-    system = System(known.loop, known.operands)
-    values = system.next_states(found)
-    assert bool((units(values, found, contract) <= 1.0 + floors(values, contract)).all())
-    ordinary = known.error(known.ordinary)
-    if math.isfinite(ordinary) and ordinary < 1e-4:  # the cell does not amplify every rounding
-        assert known.error(found) <= 100 * (1e-5 + 2 * ordinary)
+    taken = known.ordinary_steps_from(found)
+    swept = 120 - solution.completed
+    in_order = [equal_elements(f[swept:], t[swept:]) for f, t in zip(found, taken, strict=True)]
+    assert all(bool(equal.all()) for equal in in_order)
+    assert bool(compared(taken, found, contract).holds.all())
 
 
 def test_a_chaotic_cell_falls_back_and_says_so() -> None:
@@ -210,6 +227,5 @@ def test_a_chaotic_cell_falls_back_and_says_so() -> None:
         found, solution = solve(known.loop, known.operands, method, Contract(rtol=1e-5))
         assert solution.certificate is Certificate.FELL_BACK
         assert solution.completed > 0
-        prefix = 300 - solution.completed
-        again = known.loop.body(found[0][prefix - 1], known.operands[1][prefix], known.operands[2])[0]
-        assert torch.equal(again, found[0][prefix])
+        swept = 300 - solution.completed
+        assert torch.equal(found[0][swept:], known.ordinary_steps_from(found)[0][swept:])

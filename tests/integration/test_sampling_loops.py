@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -156,6 +157,44 @@ def test_samples_that_are_final_are_left_out() -> None:
     assert block.active[0] == block.active[-1] == 32
     assert min(block.active) <= 8
     assert len(block.active) == block.sweeps == len(block.prefixes)
+
+
+def test_the_plan_says_what_became_of_leaving_samples_out() -> None:
+    compiled = _same_samples(sample_reals, made(), 32)
+    (row,) = [b for b in compiled.plan.blocks if b.kind is Kind.WRITES]
+    assert "are left out once 16 are not" in row.reason
+    block: Any = compiled._last.module.get_submodule(row.name)  # type: ignore[union-attr]
+    block.refuse_fewer("planted")
+    assert "planted" in str(compiled.plan)
+    assert [b.name for b in compiled.plan.blocks if "planted" in b.reason] == [row.name]
+
+
+@torch.no_grad()
+def fill(model: nn.Module, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    for t in range(STEPS):
+        mean, logscale = model(x).chunk(2, -1)
+        x[:, t] = mean[:, t] + logscale[:, t].exp() * noise[t]
+    return x
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("late", [0, 1, 2, 3])
+@pytest.mark.parametrize("samples", [2, 3])
+def test_an_array_is_filled_where_it_lies(late: int, samples: int, transposed: bool) -> None:
+    # Products round by where their operands start, modulo 16 bytes, and by their strides.
+    def array() -> torch.Tensor:
+        memory = torch.zeros(late + samples * STEPS)[late:]
+        return memory.view(STEPS, samples).t() if transposed else memory.view(samples, STEPS)
+
+    model, noise = made(), torch.randn(STEPS, samples)
+    compiled = fxjacobi.compile(fill, measure=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scale in (1.0, 0.5):
+            assert equal(compiled(model, array(), noise * scale), fill(model, array(), noise * scale))
+    assert Kind.WRITES in _kinds(compiled)
+    assert compiled.report.solved
+    assert max(b.sweeps for b in compiled.report.blocks) < STEPS
 
 
 @torch.no_grad()

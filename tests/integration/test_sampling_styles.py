@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 import fxjacobi
 from fxjacobi.loops import Kind
 from fxjacobi.verify import equal
-from tests.integration import sampling_styles_reals, sampling_styles_tokens
+from tests.integration import sampling_styles_images, sampling_styles_reals, sampling_styles_tokens
 from tests.integration.sampling_style import STYLES
 
-_TABLES = (sampling_styles_reals, sampling_styles_tokens)
+_TABLES = (sampling_styles_images, sampling_styles_reals, sampling_styles_tokens)
 
 
 def _solved(name: str, **options: Any) -> fxjacobi.SolvedModule:

@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from fxjacobi.graph import spec_of_value, stamp
+from fxjacobi.graph import stamp_all
 from tests.properties.drawn import Drawn, Layer
 from tests.properties.more_layers import more_layers
 
@@ -331,15 +331,8 @@ def networks(draw: Any) -> Program:
 
     module = make_fx(run)(start, *values)
 
-    class Stamp(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if n.op != "output":
-                stamp(n, spec_of_value(result))
-            return result
-
     with torch.no_grad():
-        Stamp(module).run(start, *values)
+        stamp_all(module, [start, *values])
     # The batch is written together, as samplers do, or every element by itself; some positions are never written.
     positions = torch.arange(start[0].numel() if draw(st.booleans()) else start.numel())
     order = torch.tensor(draw(st.permutations(range(len(positions)))))

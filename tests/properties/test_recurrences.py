@@ -32,7 +32,8 @@ from fxjacobi.methods import (
     Swept,
     Windowed,
 )
-from fxjacobi.methods.settle import floors, units
+from fxjacobi.methods.comparison import compared
+from fxjacobi.methods.settle import floors
 from fxjacobi.solve import solve
 from fxjacobi.system import System
 from fxjacobi.testing.recurrences import Recurrence, traced_body
@@ -136,7 +137,7 @@ def check_contract(recurrence: Recurrence, found: Sequence[torch.Tensor], contra
     states = tuple(found[c] for c in system.components)
     for step in range(system.steps):
         alone = tuple(v.unsqueeze(0) for v in system.pick(system.alone(states, step)))
-        far = units(alone, tuple(s[step : step + 1] for s in states), contract)
+        far = compared(alone, tuple(s[step : step + 1] for s in states), contract).units
         # Batched, an evaluation may round otherwise than alone.
         bound = 1.0 + 2 * float(floors(alone, contract)[0])
         assert float(far[0]) <= bound, f"step {step} is off by {float(far[0]):.3g} tolerances"

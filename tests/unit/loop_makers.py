@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 from fxjacobi import ops
-from fxjacobi.graph import spec_of_value, stamp
+from fxjacobi.graph import spec_of_value, stamp, stamp_all
 from fxjacobi.loops import Binding, Carried, Invariant, Literal, Loop, Result, Scanned, Stacked, Step, Table
 
 if TYPE_CHECKING:
@@ -20,14 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["Program", "block_loops", "graph_of", "make_loop", "node", "programs", "same_bits", "trace"]
 
 aten = torch.ops.aten
-
-
-class _Stamper(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op != "output":
-            stamp(n, spec_of_value(value))
-        return value
 
 
 def trace(function: Callable[..., tuple[Any, ...]]) -> fx.GraphModule:
@@ -53,7 +45,7 @@ def make_loop(
     loop = Loop(graph_module, trip_count, bindings, results)
     outputs: list[Sequence[Any]] = []
     for step in range(trip_count):
-        outputs.append(_Stamper(graph_module).run(*loop.bind(operands, step, outputs)))
+        outputs.append(stamp_all(graph_module, loop.bind(operands, step, outputs)))
     return loop
 
 

@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxjacobi import ops
 from fxjacobi.capture import capture
 from fxjacobi.causal_rules.interpreter import operand_value
-from fxjacobi.graph import spec_of_value, stamp
+from fxjacobi.causality import CausalityProof, prove
+from fxjacobi.graph import stamp_all
 from fxjacobi.loops import Binding, Carried, Invariant, Literal, Loop, Result, Scanned, Step
 from fxjacobi.passes.canonicalize import Canonicalize
 from fxjacobi.passes.collapse_writes import CollapseWrites
@@ -20,11 +21,15 @@ from fxjacobi.passes.eliminate import Eliminate
 from fxjacobi.passes.hoist_random import HoistRandom
 from fxjacobi.passes.roll_loops import RollLoops
 from fxjacobi.passes.split_components import SplitComponents
+from fxjacobi.sampling import JacobiWrites
+from tests.unit.sampling_models import made
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Sampling", "call", "recorded", "rolled", "sampling_loop", "write"]
+__all__ = [
+    "Sampling", "call", "chain", "guess_overflows", "made_loop", "recorded", "rolled", "same", "sampling_loop", "solve", "write",
+]  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -60,14 +65,6 @@ class Sampling:
             return results
 
 
-class _Stamp(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op != "output":
-            stamp(n, spec_of_value(value))
-        return value
-
-
 def _trace(function: Callable[..., Any], examples: Sequence[Any]) -> fx.GraphModule:
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
@@ -76,7 +73,7 @@ def _trace(function: Callable[..., Any], examples: Sequence[Any]) -> fx.GraphMod
     graph.output(tuple(output.node for output in outputs))
     traced = fx.GraphModule(nn.Module(), graph)
     with torch.no_grad():
-        _Stamp(traced).run(*examples)
+        stamp_all(traced, examples)
     return traced
 
 
@@ -134,3 +131,69 @@ def sampling_loop(
     known = [operand_value(start, None), *(operand_value(one, None) for one in scanned)]
     known += [operand_value(tensor, f"tensor_{number}") for number, tensor in enumerate(tensors)]
     return Sampling(loop, [start, *scanned, *tensors], known)
+
+
+def solve(sampling: Sampling, *, window: int | None = None) -> tuple[JacobiWrites, tuple[Any, ...]]:
+    """Prove the loop causal, and return its block and the block's results."""
+    proof = prove(sampling.loop, sampling.known)
+    assert isinstance(proof, CausalityProof), proof
+    block = JacobiWrites(proof, window=window)
+    with torch.no_grad():
+        return block, block(*sampling.operands)
+
+
+def same(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
+    """Whether results are equal, NaN to NaN; shapes and dtypes must be."""
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        if not torch.equal(torch.nan_to_num(a, 7.5), torch.nan_to_num(b, 7.5)) or not torch.equal(a.isnan(), b.isnan()):
+            return False
+    return True
+
+
+def made_loop(
+    size: int = 12, batch: int = 3, start: torch.Tensor | None = None, noise: torch.Tensor | None = None, **kwargs: Any
+) -> Sampling:
+    """``x[:, t] = mean_t(x) + exp(scale_t(x)) * noise_t``."""
+    start = torch.zeros(batch, size) if start is None else start
+    net, tensors = recorded(made(size, 32), start)
+    noise = torch.randn(size, batch) if noise is None else noise
+
+    def body(x: Any, t: Any, n: Any, *weights: Any) -> Any:
+        out = net(x, *weights)
+        mean = call(aten.select.int, call(aten.slice.Tensor, out, 1, 0, size), 1, t)
+        scale = call(aten.select.int, call(aten.slice.Tensor, out, 1, size, 2 * size), 1, t)
+        value = call(aten.add.Tensor, mean, call(aten.mul.Tensor, call(aten.exp.default, scale), n))
+        return write(x, value, (None, t)), value, scale
+
+    return sampling_loop(body, start, [range(size)], noise, tensors, **kwargs)
+
+
+def chain(grow: float, size: int = 10) -> Sampling:
+    """``x[t] = f(w_t . x)`` with ``w`` strictly lower triangular, where ``f`` swings and guesses overflow."""
+    weight = torch.full((size, size), grow).tril(-1)
+
+    def body(x: Any, t: Any, n: Any, w: Any) -> Any:
+        squared = call(aten.mul.Tensor, x, x)
+        mixed = call(aten.mm.default, squared, call(aten.t.default, w))
+        value = call(aten.sub.Tensor, n, call(aten.select.int, mixed, 1, t))
+        return write(x, value, (None, t))
+
+    torch.manual_seed(0)
+    return sampling_loop(body, torch.zeros(2, size), [range(size)], torch.randn(size, 2), [weight])
+
+
+def guess_overflows() -> Sampling:
+    """``x[0]`` = 1, ``x[1] = exp(200 (0.5 - x[0]))``, ``x[2] = -x[1]``, ...: finite in order, infinite as a first guess."""
+    size = 6
+    weight = torch.zeros(size, size)
+    weight[1, 0], weight[2, 1], weight[3, 2], weight[4, 3], weight[5, 4] = -200.0, 1.0, 1.0, 1.0, 1.0
+    bias = torch.tensor([0.0, 100.0, 0.0, 0.0, 0.0, 0.0])
+
+    def body(x: Any, t: Any, n: Any, w: Any, b: Any) -> Any:
+        out = call(aten.exp.default, call(aten.addmm.default, b, x, call(aten.t.default, w)))
+        value = call(aten.mul.Tensor, call(aten.select.int, out, 1, t), n)
+        return write(x, value, (None, t))
+
+    return sampling_loop(body, torch.zeros(2, size), [range(size)], torch.ones(size, 2), [weight, bias])

@@ -304,7 +304,8 @@ def test_a_size_that_costs_more_than_it_saves_is_given_up(monkeypatch: pytest.Mo
     assert block.fewer is not None
     assert block.fewer.checked
     block.measure = True
-    monkeypatch.setattr(block.fewer, "whole_s", 0.0)  # as if a whole sweep took no time at all
+    monkeypatch.setattr(block.fewer.gain, "worth_using", lambda left, *, confirmed: True)
+    monkeypatch.setattr(block.fewer.gain, "whole_s", 0.0)  # as if a whole sweep took no time at all
     for _ in range(6):
         solved(block, sampling)
     assert not left_out(block)
@@ -316,9 +317,16 @@ def test_a_sweep_of_fewer_that_is_slower_is_not_used(monkeypatch: pytest.MonkeyP
     sampling = chains(few_of_many(3))
     block = block_of(sampling)
     block.measure = True
-    times = iter([1.0, 2.0])
-    timed = SamplingSolve._timed_sweep
-    monkeypatch.setattr(SamplingSolve, "_timed_sweep", lambda self: (timed(self), next(times))[1])
+    assert block.fewer is not None
+    block.fewer.gain.forgone_s = 100.0
+    honest = SamplingSolve.sweep
+
+    def timed(self: SamplingSolve) -> Any:
+        result = honest(self)
+        self.whole_s = 1.0 if self.block is block else 2.0
+        return result
+
+    monkeypatch.setattr(SamplingSolve, "sweep", timed)
     solved(block, sampling)
     assert block.fewer is None
     assert "takes 2000.000 ms, 1000.000 ms for all" in block.reason

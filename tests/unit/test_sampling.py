@@ -1,4 +1,4 @@
-"""The Jacobi solver of sampling loops, on loops built by hand: bits, sweeps, windows, infinities."""
+"""The Jacobi solver of sampling loops, on loops built by hand: bits, sweeps, windows, memory."""
 
 from __future__ import annotations
 
@@ -9,53 +9,25 @@ import torch
 from torch import nn
 
 from fxjacobi import ops
-from fxjacobi import sampling_solve as module
 from fxjacobi.causal_rules.interpreter import operand_value
 from fxjacobi.causality import CausalityProof, prove
 from fxjacobi.certificate import Certificate
 from fxjacobi.errors import GuardFailed
 from fxjacobi.loops import Loop, Result, Scanned, Stacked, Step, Table
 from fxjacobi.sampling import JacobiWrites
-from tests.unit.sampling_loops import Sampling, call, recorded, sampling_loop, write
+from tests.unit.sampling_loops import (
+    Sampling,
+    call,
+    made_loop,
+    recorded,
+    same,
+    sampling_loop,
+    solve,
+    write,
+)
 from tests.unit.sampling_models import made, pixel_cnn
 
 aten = torch.ops.aten
-inf, nan = float("inf"), float("nan")
-
-
-def solve(sampling: Sampling, *, window: int | None = None) -> tuple[JacobiWrites, tuple[Any, ...]]:
-    proof = prove(sampling.loop, sampling.known)
-    assert isinstance(proof, CausalityProof), proof
-    block = JacobiWrites(proof, window=window)
-    with torch.no_grad():
-        return block, block(*sampling.operands)
-
-
-def same(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
-    for a, b in zip(found, wanted, strict=True):
-        assert a.shape == b.shape
-        assert a.dtype == b.dtype
-        if not torch.equal(torch.nan_to_num(a, 7.5), torch.nan_to_num(b, 7.5)) or not torch.equal(a.isnan(), b.isnan()):
-            return False
-    return True
-
-
-def made_loop(
-    size: int = 12, batch: int = 3, start: torch.Tensor | None = None, noise: torch.Tensor | None = None, **kwargs: Any
-) -> Sampling:
-    """``x[:, t] = mean_t(x) + exp(scale_t(x)) * noise_t``."""
-    start = torch.zeros(batch, size) if start is None else start
-    net, tensors = recorded(made(size, 32), start)
-    noise = torch.randn(size, batch) if noise is None else noise
-
-    def body(x: Any, t: Any, n: Any, *weights: Any) -> Any:
-        out = net(x, *weights)
-        mean = call(aten.select.int, call(aten.slice.Tensor, out, 1, 0, size), 1, t)
-        scale = call(aten.select.int, call(aten.slice.Tensor, out, 1, size, 2 * size), 1, t)
-        value = call(aten.add.Tensor, mean, call(aten.mul.Tensor, call(aten.exp.default, scale), n))
-        return write(x, value, (None, t)), value, scale
-
-    return sampling_loop(body, start, [range(size)], noise, tensors, **kwargs)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 11, 12])
@@ -81,180 +53,6 @@ def test_the_sweep_after_the_answer_changes_nothing() -> None:
     assert block.last is not None
     assert block.last.sweeps < 40
     assert block.last.certificate is Certificate.REPEATED
-
-
-# -- values that are not finite -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [inf, -inf, nan])
-@pytest.mark.parametrize("step", [0, 5, 11])
-@pytest.mark.parametrize("window", [None, 4])
-def test_non_finite_values_of_the_ordinary_run_are_kept(value: float, step: int, window: int | None) -> None:
-    # From the step that samples an infinity on, 0 * inf is NaN in the ordinary run too, for everything that follows.
-    noise = torch.randn(12, 3)
-    noise[step, 1] = value
-    sampling = made_loop(noise=noise)
-    block, found = solve(sampling, window=window)
-    assert same(found, sampling.ordinary())
-    assert not torch.isfinite(found[0]).all()
-    if step == 5:
-        assert block.last is not None
-        assert block.last.certificate is Certificate.NOT_FINITE
-        assert 0 < block.last.completed <= 7
-
-
-@pytest.mark.parametrize("value", [inf, nan])
-def test_initial_values_that_are_not_finite(value: float) -> None:
-    # The ordinary run multiplies what is not written yet by the masks' zeros: everything is NaN.
-    sampling = made_loop(start=torch.full((3, 12), value))
-    _, found = solve(sampling)
-    assert same(found, sampling.ordinary())
-    assert found[0].isnan().all()
-
-
-def chain(grow: float, size: int = 10) -> Sampling:
-    """``x[t] = f(w_t . x)`` with ``w`` strictly lower triangular, where ``f`` swings and guesses overflow."""
-    weight = torch.full((size, size), grow).tril(-1)
-
-    def body(x: Any, t: Any, n: Any, w: Any) -> Any:
-        squared = call(aten.mul.Tensor, x, x)
-        mixed = call(aten.mm.default, squared, call(aten.t.default, w))
-        value = call(aten.sub.Tensor, n, call(aten.select.int, mixed, 1, t))
-        return write(x, value, (None, t))
-
-    torch.manual_seed(0)
-    return sampling_loop(body, torch.zeros(2, size), [range(size)], torch.randn(size, 2), [weight])
-
-
-def test_guesses_that_overflow_do_not_spread() -> None:
-    # Squares of squares: guesses of late positions overflow in a few sweeps, long before they are final.
-    sampling = chain(3.0)
-    block, found = solve(sampling)
-    wanted = sampling.ordinary()
-    assert same(found, wanted)
-    assert not torch.isfinite(wanted[0]).all()  # so does the ordinary run, at its end
-    assert block.last is not None
-
-
-def guess_overflows() -> Sampling:
-    """``x[0]`` = 1, ``x[1] = exp(200 (0.5 - x[0]))``, ``x[2] = -x[1]``, ...: finite in order, infinite as a first guess."""
-    size = 6
-    weight = torch.zeros(size, size)
-    weight[1, 0], weight[2, 1], weight[3, 2], weight[4, 3], weight[5, 4] = -200.0, 1.0, 1.0, 1.0, 1.0
-    bias = torch.tensor([0.0, 100.0, 0.0, 0.0, 0.0, 0.0])
-
-    def body(x: Any, t: Any, n: Any, w: Any, b: Any) -> Any:
-        out = call(aten.exp.default, call(aten.addmm.default, b, x, call(aten.t.default, w)))
-        value = call(aten.mul.Tensor, call(aten.select.int, out, 1, t), n)
-        return write(x, value, (None, t))
-
-    return sampling_loop(body, torch.zeros(2, size), [range(size)], torch.ones(size, 2), [weight, bias])
-
-
-def test_an_infinite_guess_is_reset_and_the_answer_is_finite() -> None:
-    sampling = guess_overflows()
-    block, found = solve(sampling)
-    assert torch.isfinite(found[0]).all()
-    assert same(found, sampling.ordinary())
-    assert block.last is not None
-    assert block.last.completed == 0
-
-
-def test_without_resetting_an_infinite_guess_would_spread(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampling = guess_overflows()
-    monkeypatch.setattr(module.SamplingSolve, "_reset", lambda *_, **__: False)
-    monkeypatch.setattr(module, "_any_nan", lambda flags: False)
-    monkeypatch.setattr(module.SamplingSolve, "holds", lambda self: True)
-    _, found = solve(sampling)
-    assert not same(found, sampling.ordinary())
-
-
-def hidden_overflow() -> Sampling:
-    """A finite guess overflows inside the network, and reaches integer tokens through an argmax that swallows the NaN."""
-    size = 5
-    weight = torch.eye(size)[[0, 0, 1, 2, 3]]
-    weight[0] = 0.0
-
-    def body(x: Any, t: Any, n: Any, w: Any) -> Any:
-        real = call(aten.mul.Tensor, call(aten._to_copy.default, x), 1.0)
-        big = call(aten.exp.default, call(aten.mul.Tensor, real, 60.0))
-        mixed = call(aten.mm.default, big, call(aten.t.default, w))
-        chosen = call(aten.gt.Tensor, call(aten.select.int, mixed, 1, t), n)
-        return write(x, call(aten._to_copy.default, chosen), (None, t))
-
-    noise = torch.full((size, 2), 0.5)
-    noise[0] = -1.0
-    return sampling_loop(body, torch.zeros(2, size, dtype=torch.long), [range(size)], noise, [weight])
-
-
-def test_overflow_inside_the_network_is_noticed_behind_a_comparison() -> None:
-    sampling = hidden_overflow()
-    block, found = solve(sampling)
-    assert same(found, sampling.ordinary())
-    assert block.last is not None
-
-
-def poisoned_guess() -> Sampling:
-    """The first guess of x2, 2.0, makes ``exp(60 x2)`` infinite, and ``0 * inf`` turns the comparison for x1 over."""
-    weight = torch.zeros(3, 3)
-    weight[1, 0] = weight[2, 1] = 1.0
-
-    def body(x: Any, t: Any, n: Any, w: Any) -> Any:
-        big = call(aten.exp.default, call(aten.mul.Tensor, x, 60.0))
-        mixed = call(aten.mm.default, big, call(aten.t.default, w))
-        low = call(aten.lt.Scalar, call(aten.select.int, mixed, 1, t), 1e6)
-        value = call(aten.mul.Tensor, call(aten._to_copy.default, low), n)
-        return write(x, value, (None, t))
-
-    noise = torch.tensor([[0.1], [0.05], [2.0]])
-    return sampling_loop(body, torch.zeros(1, 3), [range(3)], noise, [weight])
-
-
-def test_a_finite_guess_that_overflows_inside_the_network_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampling = poisoned_guess()
-    wanted = sampling.ordinary()
-    block, found = solve(sampling)
-    assert same(found, wanted)
-    assert block.last is not None
-    assert block.last.certificate is not Certificate.NOT_FINITE
-    # The flag is what notices it: without it, a NaN that a comparison swallows would be taken for an answer.
-    monkeypatch.setattr(module, "_any_nan", lambda flags: False)
-    monkeypatch.setattr(module.SamplingSolve, "holds", lambda self: True)
-    _, blind = solve(sampling)
-    assert not same(blind, wanted)
-
-
-class Smeared(nn.Module):
-    """A network whose last bits change with all positions, as a Winograd convolution's may."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> tuple[Any, ...]:
-        *sources, flags = self.network(x, *others)
-        return (*(source * (1 + 1e-5 * x.sum()) for source in sources), flags)
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_a_network_whose_bits_do_not_keep_to_the_proof_is_noticed(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sampling = made_loop(size=24)
-    proof = prove(sampling.loop, sampling.known)
-    assert isinstance(proof, CausalityProof)
-    block = JacobiWrites(proof, window=window)
-    monkeypatch.setattr(block, "network", Smeared(block.network))
-    for _ in range(2):
-        with torch.no_grad():
-            found = block(*sampling.operands)
-        assert same(found, sampling.ordinary())
-        assert block.last is not None
-        assert block.last.certificate is Certificate.SEQUENTIAL
-    assert "bits change" in block.reason
-
-
-# -- forms of loops -------------------------------------------------------------------------------------------------
 
 
 def test_raster_order_through_nested_scatters() -> None:

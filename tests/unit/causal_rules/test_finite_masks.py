@@ -18,10 +18,9 @@ from fxjacobi.causal_rules.magnitudes import interval_of
 from fxjacobi.causal_rules.registry import Context
 from fxjacobi.causality import CausalityProof, Refusal, prove
 from fxjacobi.certificate import Certificate
-from fxjacobi.graph import spec_of_value, stamp
+from fxjacobi.graph import stamp_all
 from fxjacobi.sampling import JacobiWrites
-from tests.unit.sampling_loops import Sampling, call, recorded, sampling_loop, write
-from tests.unit.test_sampling import same
+from tests.unit.sampling_loops import Sampling, call, recorded, same, sampling_loop, write
 
 aten = torch.ops.aten
 LOWEST = torch.finfo(torch.float32).min
@@ -281,17 +280,9 @@ def test_the_bound_of_a_layer_norm_holds_where_rounding_is_all_there_is(count: i
     assert 0.9 * count**0.5 < worst <= found.norm
 
 
-class _Stamp(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.op != "output":
-            stamp(n, spec_of_value(result))
-        return result
-
-
 def recorded_graph(function: Any, example: torch.Tensor) -> fx.GraphModule:
     graph = make_fx(function)(example)
-    _Stamp(graph).run(example)
+    stamp_all(graph, [example])
     return graph
 
 

@@ -12,7 +12,7 @@ from fxjacobi.causal_rules.domain import Abstract, constant, squash
 from fxjacobi.causal_rules.interpreter import interpret
 from fxjacobi.causal_rules.registry import Context
 from fxjacobi.causal_rules.views import reshaped
-from tests.unit.causal_rules.test_finite_masks import _Stamp
+from fxjacobi.graph import stamp_all
 from tests.unit.sampling_models import Attention
 
 
@@ -54,7 +54,7 @@ def test_attention_written_out_carries_neither_batch_nor_heads() -> None:
     tensors = [tensor.detach() for tensor in named.values()]
     with torch.no_grad():
         module = make_fx(run)(tokens, *tensors)
-        _Stamp(module).run(tokens, *tensors)
+        stamp_all(module, [tokens, *tensors])
     rank = torch.arange(12, dtype=torch.int32).expand(6, 12)
     env = interpret(Context(11), module, [Abstract(rank), *(constant(one, "c") for one in tensors)])
     sizes = [squash(value.rank).numel() for value in env.values() if isinstance(value, Abstract)]

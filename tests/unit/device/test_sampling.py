@@ -16,7 +16,7 @@ from fxjacobi.errors import GuardFailed
 from fxjacobi.loops import Result, Stacked, Step
 from fxjacobi.sampling import JacobiWrites
 from fxjacobi.testing.graph_double import GraphDouble, host_reads
-from tests.unit.test_sampling import chain, guess_overflows, made_loop, same
+from tests.unit.sampling_loops import chain, guess_overflows, made_loop, same
 
 if TYPE_CHECKING:
     from tests.unit.sampling_loops import Sampling
@@ -133,12 +133,13 @@ def test_other_operands_are_served_by_the_same_capture() -> None:
 def test_a_capture_that_gives_other_bits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxjacobi.device import sampling as module
 
-    honest = module._SamplingSession._flat_value
+    honest = module._SamplingSession._evaluate
 
-    def wrong(self: Any, k: int, ends: Any) -> torch.Tensor:
-        return honest(self, k, ends) + 2.0**-20
+    def wrong(self: Any, rows: Any) -> Any:
+        ends, nan = honest(self, rows)
+        return [end + 2.0**-20 for end in ends], nan
 
-    monkeypatch.setattr(module._SamplingSession, "_flat_value", wrong)
+    monkeypatch.setattr(module._SamplingSession, "_evaluate", wrong)
     form, found, _, _ = both(made_loop())
     assert found is None
     assert "other bits" in form.reason

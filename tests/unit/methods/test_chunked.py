@@ -101,10 +101,11 @@ def test_inner_steps_are_one_call(make: Callable[..., Recurrence], monkeypatch: 
     recurrence = make(24, 2, 3)
     system = System(recurrence.loop, recurrence.operands)
     chunks = prepared(system, system.base(), (0, 8, 16), 8, 0)
-    assert chunks.inner is not None
-    assert scripted_steps(chunks.inner) is not None
+    (lane,) = chunks.lanes
+    assert lane.inner is not None
+    assert scripted_steps(lane.inner) is not None
     scripted = run_chunks(system, chunks)
-    monkeypatch.setattr("fxjacobi.methods.chunks.scripted_steps", lambda _: None)
+    monkeypatch.setattr("fxjacobi.methods.chunks.scripted_steps", lambda _, dim: None)
     in_python = run_chunks(system, chunks)
     for a, b in zip((*scripted[0], *scripted[1]), (*in_python[0], *in_python[1]), strict=True):
         assert torch.equal(a, b)

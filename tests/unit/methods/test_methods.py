@@ -21,9 +21,10 @@ from fxjacobi.methods import (
     Windowed,
     memory_length,
 )
+from fxjacobi.methods.comparison import compared
 from fxjacobi.methods.damped import smooth
 from fxjacobi.methods.jacobian import batch_size, diagonals, full, windows
-from fxjacobi.methods.settle import errors_to_come, floors, leading, replace_non_finite, units
+from fxjacobi.methods.settle import errors_to_come, floors, leading, replace_non_finite
 from fxjacobi.solve import solve
 from fxjacobi.system import System
 from fxjacobi.testing.recurrences import Recurrence, affine_dense, affine_diagonal, gru, lstm, rnn
@@ -163,9 +164,9 @@ def test_units() -> None:
     inf, nan = float("inf"), float("nan")
     a = torch.tensor([[1.0, 0.0], [2.0, 1.0], [inf, 1.0], [nan, nan], [inf, 0.0], [0.0, 0.0]])
     b = torch.tensor([[1.0, 1e-3], [2.0, 1.0], [inf, 1.0], [nan, nan], [1.0, 0.0], [0.0, 0.0]])
-    found = units((a,), (b,), Contract(rtol=1e-3))
+    found = compared((a,), (b,), Contract(rtol=1e-3)).units
     torch.testing.assert_close(found, torch.tensor([1.0, 0, 0, 0, inf, 0]).double())
-    assert units((torch.tensor([1, 2]),), (torch.tensor([1, 3]),), TOLERANCE).tolist() == [0, inf]
+    assert compared((torch.tensor([1, 2]),), (torch.tensor([1, 3]),), TOLERANCE).units.tolist() == [0, inf]
 
 
 def test_errors_to_come_follow_the_gains() -> None:

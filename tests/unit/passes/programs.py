@@ -13,6 +13,9 @@ from fxjacobi.capture import capture
 from fxjacobi.graph import check, make_module, spec_of_value, stamp
 from fxjacobi.loops import Loop
 from fxjacobi.ops import restride, write
+from fxjacobi.passes.canonicalize import Canonicalize
+from fxjacobi.passes.eliminate import Eliminate
+from fxjacobi.passes.roll_loops import RollLoops
 from fxjacobi.placement import phase_of
 
 if TYPE_CHECKING:
@@ -47,6 +50,18 @@ def build(fn: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
             node.args = ((node.args[0],),)
     Stamp(graph_module).run(*args)
     return make_module({}, module)
+
+
+def roll(module: fx.GraphModule) -> fx.GraphModule:
+    """``module`` after rolling alone."""
+    return RollLoops().run(module).module
+
+
+def front(module: fx.GraphModule) -> fx.GraphModule:
+    """``module`` after all front passes."""
+    for each in (Canonicalize(), Eliminate(), RollLoops(), Eliminate()):
+        module = each.run(module).module
+    return module
 
 
 def targets(module: fx.GraphModule) -> list[Any]:

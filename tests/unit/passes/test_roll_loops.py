@@ -11,23 +11,12 @@ from torch import fx, nn
 from fxjacobi.graph import TensorSpec, make_module, stamp
 from fxjacobi.loops import Carried, Invariant, Kind, Literal, Scanned, Stacked, Step, Table
 from fxjacobi.ops import guard
-from fxjacobi.passes.canonicalize import Canonicalize
 from fxjacobi.passes.eliminate import Eliminate
 from fxjacobi.passes.roll_loops import RollLoops
-from tests.unit.passes.programs import Program, assert_runs_as, loops, programs, record, shape, targets
+from tests.unit.passes.programs import Program, assert_runs_as, front, loops, programs, record, roll, shape, targets
 
 aten = torch.ops.aten
 R = torch.randn
-
-
-def roll(module: fx.GraphModule) -> fx.GraphModule:
-    return RollLoops().run(module).module
-
-
-def front(module: fx.GraphModule) -> fx.GraphModule:
-    for each in (Canonicalize(), Eliminate(), RollLoops(), Eliminate()):
-        module = each.run(module).module
-    return module
 
 
 @settings(max_examples=150, deadline=None)
@@ -99,130 +88,6 @@ def test_layers_are_steps_with_a_table_of_parameters() -> None:
     assert sum(isinstance(binding, Table) and len(binding.operands) == 6 for binding in loop.bindings) == 2
 
 
-def test_a_stack_of_cells_in_either_loop_order() -> None:
-    def time_outer(x: Any, h: Any, *w: Any) -> Any:
-        states = [h] * len(w)
-        out = []
-        for t in range(10):
-            y = x[:, t]
-            for layer in range(len(w)):
-                y = states[layer] = torch.tanh(y @ w[layer] + states[layer])
-            out.append(y)
-        return torch.stack(out, 1)
-
-    def layer_outer(x: Any, h: Any, *w: Any) -> Any:
-        xs = list(x.unbind(1))
-        for weight in w:
-            state, out = h, []
-            for item in xs:
-                state = torch.tanh(item @ weight + state)
-                out.append(state)
-            xs = out
-        return torch.stack(xs, 1)
-
-    for layers, fn, wanted in (
-        (2, time_outer, [10]),
-        (4, time_outer, [(10, [4])]),
-        (2, layer_outer, [10, 10]),
-        (4, layer_outer, [(4, [10])]),
-    ):
-        args = [R(2, 10, 4), R(2, 4), *[R(4, 4) for _ in range(layers)]]
-        rolled = front(record(fn, *args))
-        assert_runs_as(rolled, fn, *args)
-        assert shape(rolled) == wanted
-
-
-def test_a_later_loop_scans_the_stacked_results_of_an_earlier_one() -> None:
-    def two(x: Any, w: Any, v: Any) -> Any:
-        out, h = [], torch.zeros(2, 4)
-        for t in range(10):
-            h = torch.tanh(x[:, t] @ w + h)
-            out.append(h)
-        h = torch.zeros(2, 4)
-        for item in reversed(out):
-            h = torch.sin(item @ v + h)
-        return h
-
-    args = R(2, 10, 4), R(4, 4), R(4, 4)
-    rolled = front(record(two, *args))
-    assert_runs_as(rolled, two, *args)
-    first, second = loops(rolled)
-    assert first.results == (Stacked(0),)
-    assert any(isinstance(b, Scanned) and b.dim == 0 and b.indices == range(9, -1, -1) for b in second.bindings)
-    assert aten.select.int not in targets(rolled)
-
-
-def test_both_directions() -> None:
-    def both(x: Any, w: Any, v: Any, h: Any) -> Any:
-        forwards, backwards = [], []
-        state = h
-        for t in range(8):
-            state = torch.tanh(x[:, t] @ w + state)
-            forwards.append(state)
-        state = h
-        for t in reversed(range(8)):
-            state = torch.tanh(x[:, t] @ v + state)
-            backwards.append(state)
-        return torch.cat([torch.stack(forwards, 1), torch.stack(backwards[::-1], 1)], 2)
-
-    args = R(2, 8, 4), R(4, 4), R(4, 4), R(2, 4)
-    rolled = roll(record(both, *args))
-    assert_runs_as(rolled, both, *args)
-    assert shape(rolled) == [8, 8]
-    backwards = loops(rolled)[1]
-    assert any(isinstance(b, Scanned) and b.indices == range(7, -1, -1) for b in backwards.bindings)
-    assert aten.flip.default in targets(rolled)
-
-
-def test_a_raster_of_writes_is_a_loop_in_a_loop() -> None:
-    def raster(x: Any, w: Any) -> Any:
-        y = torch.zeros(2, 5, 6)
-        for i in range(5):
-            for j in range(6):
-                y[:, i, j] = torch.tanh(x[:, i, j] + (y * w[i, j]).sum((1, 2)))
-        return y
-
-    args = R(2, 5, 6), R(5, 6)
-    rolled = front(record(raster, *args))
-    assert_runs_as(rolled, raster, *args)
-    assert shape(rolled) == [(5, [6])]
-    (outer,) = loops(rolled)
-    assert any(isinstance(b, Literal) and b.values == (0, 1, 2, 3, 4) for b in outer.bindings)
-
-
-def test_the_row_above_and_the_value_to_the_left() -> None:
-    def rows(x: Any, a: Any) -> Any:
-        above, lines = [a] * 7, []
-        for i in range(5):
-            left, line = a, []
-            for j in range(7):
-                left = torch.tanh(left + above[j] * x[i, j])
-                line.append(left)
-            above = line
-            lines.append(torch.stack(line))
-        return torch.stack(lines)
-
-    args = R(5, 7), R(3)
-    rolled = front(record(rows, *args))
-    assert_runs_as(rolled, rows, *args)
-    assert shape(rolled) == [(5, [7])]
-
-
-def test_a_triangle_rolls_row_by_row() -> None:
-    def triangle(x: Any, a: Any) -> Any:
-        for i in range(12):
-            a = torch.sin(a)
-            for j in range(i):
-                a = torch.tanh(a + x[j])
-        return a
-
-    args = R(12, 3), R(3)
-    rolled = front(record(triangle, *args))
-    assert_runs_as(rolled, triangle, *args)
-    # The last step of row i is the first to read x[i - 1], so it differs; the first rows are too short.
-    assert [loop.trip_count for loop in loops(rolled)] == list(range(4, 11))
-
-
 def test_two_states_at_two_distances() -> None:
     def fibonacci(a: Any, b: Any) -> Any:
         out = []
@@ -266,38 +131,6 @@ def test_a_value_of_the_first_iteration_used_by_all_is_an_invariant() -> None:
     rolled = roll(record(first, R(12, 3), R(3, 3)))
     assert_runs_as(rolled, first, R(12, 3), R(3, 3))
     assert sum(loop.trip_count for loop in loops(rolled)) >= 11
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
-        self.embedding = nn.Linear(3, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(x)
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return x
-
-
-def test_a_module_recorded_once_is_inlined_in_the_body_and_its_layers_roll() -> None:
-    net = Net()
-
-    def sample(x: torch.Tensor) -> torch.Tensor:
-        y = torch.zeros(2, 3)
-        for t in range(7):
-            y = torch.sin(net(y)[:, :3] + x[t])
-        return y
-
-    module = record(sample, R(7, 2, 3))
-    rolled = roll(module)
-    assert_runs_as(rolled, sample, R(7, 2, 3))
-    assert shape(rolled) == [(7, [5])]
-    kept = RollLoops(inline=False).run(module).module
-    assert_runs_as(kept, sample, R(7, 2, 3))
-    if any(node.op == "call_module" for node in module.graph.nodes):
-        assert shape(kept) == [7]
 
 
 def test_guards_roll_with_their_outcomes_as_literals() -> None:

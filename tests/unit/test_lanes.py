@@ -1,0 +1,121 @@
+"""Rows side by side: each core takes some, and the process is left as it was."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from fxjacobi import lanes
+from fxjacobi.lanes import lanes_of, run_lanes
+from fxjacobi.methods import Chunked, Contract
+from fxjacobi.methods.chunks import prepared, run_chunks
+from fxjacobi.solve import solve
+from fxjacobi.system import System
+from fxjacobi.testing.recurrences import autoregressive, gru, lstm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from fxjacobi.testing.recurrences import Recurrence
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 8, 33])
+def test_lanes_take_every_row_once(rows: int) -> None:
+    found = lanes_of(rows)
+    assert [row for lane in found for row in lane] == list(range(rows))
+    assert len(found) == (2 if rows >= 8 else 1)
+
+
+def test_calls_run_at_once_each_on_one_thread_without_gradients() -> None:
+    meet = threading.Barrier(2, timeout=20)
+
+    def call(number: int) -> tuple[int, int, bool]:
+        meet.wait()  # passes only where both are running
+        return number, torch.get_num_threads(), torch.is_grad_enabled()
+
+    assert run_lanes([partial(call, 0), partial(call, 1)]) == [(0, 1, False), (1, 1, False)]
+    assert torch.get_num_threads() == 2
+    assert torch.is_grad_enabled()
+
+
+def test_inference_mode_goes_along() -> None:
+    with torch.inference_mode():
+        assert run_lanes([torch.is_inference_mode_enabled] * 2) == [True, True]
+    assert run_lanes([torch.is_inference_mode_enabled] * 2) == [False, False]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_is_raised_when_all_have_ended(failing: int) -> None:
+    ended = threading.Event()
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    def work() -> None:
+        torch.ones(200, 200) @ torch.ones(200, 200)
+        ended.set()
+
+    calls: list[Callable[[], None]] = [work, work]
+    calls[failing] = fail
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        run_lanes(calls)
+    assert ended.is_set()
+    assert torch.get_num_threads() == 2
+    assert not lanes._lock.locked()
+
+
+def test_inside_another_call_they_run_one_after_the_other() -> None:
+    def inner() -> list[str]:
+        return run_lanes([lambda: threading.current_thread().name] * 2)
+
+    (one, two), *_ = run_lanes([inner, inner])
+    assert one == two
+
+
+def test_a_forked_process_has_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_lanes([int, int])
+    first = lanes._pool
+    monkeypatch.setattr("fxjacobi.lanes.os.getpid", lambda: -1)
+    run_lanes([int, int])
+    assert lanes._pool is not first
+    monkeypatch.setattr(lanes, "_pool", None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [gru, lstm, autoregressive])
+@pytest.mark.parametrize("starts", [tuple(range(0, 96, 8)), (*range(0, 88, 8), 83)], ids=["even", "uneven"])
+@pytest.mark.parametrize("samples", [None, (0, 2)], ids=["all samples", "some"])
+def test_chunks_by_lanes_are_those_of_one(
+    make: Callable[..., Recurrence], starts: tuple[int, ...], samples: tuple[int, ...] | None
+) -> None:
+    recurrence = make(96, 3, 4, dtype=torch.float64)
+    system = System(recurrence.loop, recurrence.operands)
+    if samples is not None and make is autoregressive:
+        pytest.skip("its rows do not fold into a batch")
+    some = None if samples is None else torch.tensor(samples)
+    by_two = prepared(system, system.base(), starts, 8, 0, some)
+    torch.set_num_threads(1)
+    by_one = prepared(system, system.base(), starts, 8, 0, some)
+    assert (len(by_two.lanes), len(by_one.lanes)) == (2, 1)
+    torch.set_num_threads(2)
+    for two, one in zip(run_chunks(system, by_two)[0], run_chunks(system, by_one)[0], strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-13)
+
+
+def test_a_solve_by_lanes_is_the_sequential_answer() -> None:
+    recurrence = gru(400, 3, 8)
+    found, solution = solve(recurrence.loop, recurrence.operands, Chunked(40, 40), Contract(rtol=1e-6))
+    assert solution.sweeps <= 2
+    torch.testing.assert_close(found[0], recurrence.reference()[0], rtol=0, atol=2e-6)
