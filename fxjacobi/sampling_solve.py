@@ -267,7 +267,7 @@ class SamplingSolve:
         value, inputs = array.value(), self.inputs
         *sources, flags = self.block.network(value, *inputs.invariants, *inputs.shared)
         self.sweeps += 1
-        fresh = (self.final if final is None else final) // self.count
+        fresh = (self.final if final is None else final) // self.count  # and one before, which the last sweep changed
         arguments = inputs.at(value, sources, self.states, start, max(0, fresh - 1))
         return list(self.block.tail_at(start)(*arguments)), _any_nan(flags)
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxjacobi import ops
+from fxjacobi.batched import BatchedMap
 from fxjacobi.graph import TensorSpec
 from fxjacobi.in_place import in_place_writes
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step, Table
@@ -138,12 +139,12 @@ class ScriptWriter:
     def _inner(self, inner: torch.nn.Module, given: list[Any]) -> list[Any]:
         if isinstance(inner, fx.GraphModule):
             return self.graph(inner, given)
+        if isinstance(inner, BatchedMap):
+            return self.graph(inner.batched, given)
         loop = inner if isinstance(inner, Loop) else getattr(inner, "in_order", None)
         if isinstance(loop, Loop):
-            if any(isinstance(b, Scanned) and b.owned for b in loop.bindings):
-                raise NotScriptableError("a loop inside another owns a stack")
             names = {i: self.tensor_of(g) for i, g in enumerate(given)}
-            return list(self.loop(loop, names, [self._registers(b, names) for b in loop.bindings], "0"))
+            return list(self.loop(loop, names, [self._registers(b, names) for b in loop.bindings], "0", inner=True))
         raise NotScriptableError(f"it holds a {type(inner).__name__}")
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -250,7 +251,14 @@ class ScriptWriter:
     # -- a loop ---------------------------------------------------------------------------------------------------
 
     def loop(
-        self, loop: Loop, operands: dict[int, str], registers: list[list[str]], start: str, dim: int = 0
+        self,
+        loop: Loop,
+        operands: dict[int, str],
+        registers: list[list[str]],
+        start: str,
+        dim: int = 0,
+        *,
+        inner: bool = False,
     ) -> list[str]:
         """Write the loop and return the names of its results.
 
@@ -260,6 +268,7 @@ class ScriptWriter:
             registers: For each carried binding, variables with the values of the steps before, the oldest first.
             start: The first step.
             dim: Where stacked results hold the steps.
+            inner: Whether it is in another loop's body: then nobody has aligned the rows of the stacks that it owns.
         """
         if any(len(names) > _LARGEST_DISTANCE for names in registers):
             raise NotScriptableError(f"a carry reaches more than {_LARGEST_DISTANCE} steps back")
@@ -281,7 +290,7 @@ class ScriptWriter:
         t = self._name()
         self._line(f"for {t} in range({start}, {loop.trip_count}):")
         self._depth += 1
-        arguments = self._arguments(loop, placeholders, operands, registers, tables, t)
+        arguments = self._arguments(loop, placeholders, operands, registers, tables, t, inner=inner)
         before = set(self._guards)
         outputs = self.graph(loop.body, arguments)
         for guard in self._guards.keys() - before:
@@ -310,6 +319,8 @@ class ScriptWriter:
         registers: list[list[str]],
         tables: dict[Any, str],
         t: str,
+        *,
+        inner: bool,
     ) -> list[Any]:
         """Write what the body reads at step ``t``."""
         arguments: list[Any] = []
@@ -317,11 +328,15 @@ class ScriptWriter:
             match binding:
                 case Carried():
                     arguments.append(carried[0])
-                case Scanned(operand, dim, indices):
+                case Scanned(operand, dim, indices, owned):
                     _require_tensor(placeholder)
                     index = self._indices(indices, t)
                     self._wanted["aten::select.int"] += 1
-                    arguments.append(self._bind(f"torch.ops.aten.select({operands[operand]}, {dim}, {index})"))
+                    row = f"torch.ops.aten.select({operands[operand]}, {dim}, {index})"
+                    if owned and inner:
+                        self._wanted["aten::clone"] += 1
+                        row = f"{row}.clone()"
+                    arguments.append(self._bind(row))
                 case Table():
                     _require_tensor(placeholder)
                     arguments.append(self._bind(f"{tables[binding]}[{t}]"))

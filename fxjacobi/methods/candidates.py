@@ -32,6 +32,9 @@ __all__ = ["candidates", "sized"]
 _DENSE = 64
 _CHUNKS = (16, 32, 64, 128)
 
+# Looking for a memory of so many steps takes twice as many batched ones: a tenth of a second.
+_MOST_MEMORY = 2048
+
 
 def candidates(
     loop: Loop, exact: bool, *, system: System | None = None, contract: Contract | None = None
@@ -54,23 +57,38 @@ def candidates(
         return [Jacobi(), *map(Windowed, windows), *map(Chunked, chunks[:2]), Sequential()]
     if system is not None and contract is not None:
         with torch.no_grad():
-            length = memory_length(system, contract)
+            length = _memory(system, contract)
         # One sweep where the warm-up is as long as the memory; longer chunks do less twice, shorter ones make fewer calls.
         # An eighth more, because the memory was measured on a few stretches and every chunk must have forgotten.
         warm = 0 if length is None else length + length // 8 + 1
-        sizes = [] if length is None else [_even(c * warm // 3, warm, loop.trip_count) for c in (3, 4, 6, 12)]
-        found = [Chunked(c, warm) for c in dict.fromkeys(sizes) if 2 * c <= loop.trip_count]
+        # Once with half as much again: one chunk that forgets later than all stretches did costs a second sweep.
+        sizes = [] if length is None else [(3, warm), (4, warm), (6, 3 * warm // 2), (6, warm), (12, warm)]
+        sized_evenly = [(_even(c * warm // 3, w, loop.trip_count), w) for c, w in sizes]
+        found = [Chunked(c, w) for c, w in dict.fromkeys(sized_evenly) if 2 * c <= loop.trip_count]
         if not found:
             found = [sized(Chunked, loop, length)]
         windows = [] if length is None else [w for w in (2 * length,) if w < loop.trip_count]
     linear = affinity(loop)
     small = _state_elements(loop) <= _DENSE
     if linear is not None and (linear.diagonal or small):
-        found.insert(0, Affine())
+        # A scan passes over the trajectory 2 log T times; chunks that forget in a warm-up do so once or twice.
+        short = any(isinstance(m, Chunked) and m.warm_up for m in found)
+        found.insert(len(found) if short else 0, Affine())
     found += [Jacobi(), *map(Windowed, windows), Picard(), Anderson(), QuasiNewton(0 if small else 2)]
     if small:
         found += [Newton(), Damped()]
     return [*(m for m in found if m.applies(loop)), Sequential()]
+
+
+def _memory(system: System, contract: Contract) -> int | None:
+    """Return the memory's length, looked for among longer stretches where the loop has room for them."""
+    limit, most = LONGEST_MEMORY, max(LONGEST_MEMORY, min(_MOST_MEMORY, system.steps // 4))
+    while limit <= most:
+        length = memory_length(system, contract, limit)
+        if length is not None:
+            return length
+        limit *= 2
+    return None
 
 
 def _even(wanted: int, least: int, steps: int) -> int:

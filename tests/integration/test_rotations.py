@@ -75,10 +75,11 @@ def everything_kept(net: Denoiser, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clean_at_the_last(net: Denoiser, x: Tensor) -> Tensor:
+    clean = x
     for t in range(STEPS):
         noise = net(x, times(x, t))
         now = LEVELS[t]
-        clean = ((x - (1 - now).sqrt() * noise) / now.sqrt()).clamp(-1, 1)
+        clean = torch.clamp((x - (1 - now).sqrt() * noise) / now.sqrt(), -1, 1)
         if t == STEPS - 1:
             break
         after = LEVELS[t + 1]

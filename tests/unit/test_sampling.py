@@ -102,6 +102,23 @@ def test_several_writes_a_step_share_one_evaluation() -> None:
         assert sum(node.target is aten.addmm.default for node in block.network.graph.nodes) == 3
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_a_step_reads_of_its_own_write_is_of_the_final_array(window: int | None) -> None:
+    # A step that is final with a value that its last sweep changed has read the array as it was before that sweep.
+    net, tensors = recorded(made(24, 32), torch.zeros(3, 24))
+
+    def body(x: Any, t: Any, n: Any, *weights: Any) -> Any:
+        written = write(x, call(aten.add.Tensor, call(aten.select.int, net(x, *weights), 1, t), n), (None, t))
+        return written, call(aten.mul.Tensor, call(aten.select.int, written, 1, t), 2.0)
+
+    results: list[Result] = [Step(0, 23), Stacked(1)]
+    sampling = sampling_loop(body, torch.zeros(3, 24), [range(24)], torch.randn(24, 3), tensors, results=results)
+    block, found = solve(sampling, window=window)
+    assert block.last is not None
+    assert window is not None or block.last.certificate is Certificate.REPEATED
+    assert same(found, sampling.ordinary())
+
+
 def test_a_read_between_two_writes_may_not_see_the_second() -> None:
     # Element b of the network's output depends on element a, which the read before the first write does not see.
     refusal = prove(several_writes(ahead=True).loop, several_writes(ahead=True).known)
