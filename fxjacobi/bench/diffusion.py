@@ -29,7 +29,7 @@ _LONG_S = 2.0  # a solve that takes longer is timed once
 
 
 class Diffusion(Benchmark):
-    """DDIM with the small denoiser of ``examples/ddim.py``, batch 1, at 28x28 and, for methods that need the whole Jacobian, 8x8.
+    """DDIM with the small denoiser of ``examples/ddim.py``, batch 1, at 28x28 and 8x8; where it needs the whole Jacobian, at 8x8 alone.
 
     ``fell_back``: the sweeps got nowhere, and the remaining steps were run in the ordinary order.
     """

@@ -53,7 +53,7 @@ def compared(new: States, old: States, contract: Contract) -> Comparison:
     """
     count = new[0].shape[0]
     units, floor, relative = np.zeros(count), np.zeros(count), np.zeros(count)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         for a, b in zip(new, old, strict=True):
             if not (a.is_floating_point() or a.is_complex()):
                 apart = np.where(_host((a == b).reshape(count, -1).all(1)), 0.0, math.inf)

@@ -79,7 +79,7 @@ class Damped(Method):
             region = replace(region, diagonal=diagonal)
         assert region.values is not None, "replace() keeps it"
         proposal = _proposal(system, iterate.states, region.values, region.diagonal, region.damping)
-        moved = advance(system, iterate, contract, region.values, proposal, second_order=False)
+        moved = advance(system, iterate, contract, region.values, proposal, second_order=False, lands=False)
         values = system.next_states(moved.states)
         merit = _merit(moved.states, values)
         if merit < region.merit or moved.update <= 1.0:

@@ -45,6 +45,7 @@ def advance(
     *,
     second_order: bool,
     rounded: torch.Tensor | None = None,
+    lands: bool = True,
 ) -> Iterate:
     """Return the iterate whose trajectory is ``proposal``, given ``values = h(iterate.states)``.
 
@@ -64,6 +65,8 @@ def advance(
             than the tolerance either.
         rounded: How many times more than by one evaluation's rounding the steps of a proposal move that adds values of
             earlier steps up, (T,); updates within it, and within the tolerance, are taken for rounding.
+        lands: Whether a proposal gets to where it goes. A damped one goes a part of the way, and to a state of zero, where
+            no update is small, never: there all steps whose inputs are final within rounding take ``values``.
     """
     base = system.base()
     against = compared(values, iterate.states, contract)
@@ -71,6 +74,7 @@ def advance(
     prefix, exact = (
         min(system.steps, leading(final) + system.nearest) for final in (against.settled, against.units == 0)
     )
+    exact = exact if lands else prefix
     fallback = replace_non_finite(values, base, exact)
     new = tuple(torch.cat([v[:exact], p[exact:]]) for v, p in zip(values, proposal, strict=True))
     new = replace_non_finite(new, fallback, exact)
