@@ -48,9 +48,9 @@ _bodies: weakref.WeakKeyDictionary[Loop, Callable[..., Sequence[Any]]] = weakref
 def one_step(loop: Loop) -> Callable[..., Sequence[Any]]:
     """Return the loop's body as one call where TorchScript can say it, as it is where not. Not for autograd."""
     if loop not in _bodies:
+        if any(isinstance(b, Literal) for b in loop.bindings):  # TorchScript would want one type of it
+            return loop.body.forward
         try:
-            if any(isinstance(b, Literal) for b in loop.bindings):
-                raise NotScriptableError("a step reads a Python value")
             _bodies[loop] = script_graph(loop.body)
         except NotScriptableError as refusal:
             _log.info("a step of a loop stays in Python: %s", refusal)
