@@ -18,7 +18,7 @@ STEPS = 6
 
 
 def calls(module: fx.GraphModule) -> list[int]:
-    return [int(n.args[1]) for n in module.graph.nodes if n.target is draw_each]  # type: ignore[call-overload]
+    return [int(n.args[1]) for n in module.graph.nodes if n.target is draw_each]
 
 
 def rands(x: torch.Tensor) -> torch.Tensor:
