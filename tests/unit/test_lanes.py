@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from functools import partial
 from typing import TYPE_CHECKING
@@ -91,6 +94,42 @@ def test_a_forked_process_has_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch)
     run_lanes([int, int])
     assert lanes._pool is not first
     monkeypatch.setattr(lanes, "_pool", None)
+
+
+_THREADS = """
+import os, torch
+from fxjacobi.lanes import run_lanes
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+a = torch.ones(256, 256)
+run_lanes([int, int])  # a lane's own thread, which does nothing yet
+a @ a  # and OpenMP's second thread
+before = count()
+for _ in range(3):
+    run_lanes([lambda: a @ a, lambda: a @ a])
+a @ a
+print(count() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+def test_lanes_leave_no_threads_of_openmp_behind() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
+    found = subprocess.run(
+        [sys.executable, "-c", _THREADS], capture_output=True, text=True, check=True, env=environment
+    )
+    assert int(found.stdout) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch's OpenMP is libgomp there")
+def test_openmp_is_told_to_let_go_of_the_cores() -> None:
+    pause = lanes._pause()
+    assert pause is not None
+    torch.ones(256, 256) @ torch.ones(256, 256)
+    assert pause(lanes._PAUSE_SOFT) == 0
 
 
 @torch.no_grad()
