@@ -264,6 +264,10 @@ class BatchedBody:
             self._layouts[rows] = self._build(strategy, rows)
         return self._layouts[rows]
 
+    def known(self, rows: int) -> Layout | None:
+        """Return the layout for ``rows`` rows if there is one already."""
+        return self._layouts.get(rows)
+
     def _build(self, strategy: Strategy, rows: int) -> Layout:
         run: Callable[..., Sequence[Any]] = self.body.forward
         if strategy is Strategy.EACH:

@@ -44,7 +44,7 @@ from fxjacobi.system import System
 from fxjacobi.timing import started
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from fxjacobi.methods.method import Method
     from fxjacobi.options import Options
@@ -225,7 +225,8 @@ def _fastest(
     system = System(loop, tuple(operands), memory_limit=options.memory_limit)
     best: tuple[Method, float] = (Sequential(), sequential)
     rows: list[Candidate] = []
-    for method in candidates(loop, False, system=system, contract=contract):
+    cores = torch.get_num_threads() if system.base()[0].device.type == "cpu" else 1
+    for method in _by_lanes(candidates(loop, False, system=system, contract=contract), cores, lambda: best[0]):
         if isinstance(method, Sequential):
             continue
         if time.perf_counter() > deadline:
@@ -239,6 +240,21 @@ def _fastest(
         if time_s is not None and time_s < best[1]:
             best = (method, time_s)
     return best[0], best[1], rows
+
+
+def _by_lanes(methods: Sequence[Method], cores: int, best: Callable[[], Method]) -> Iterator[Method]:
+    """Yield ``methods``, the first that runs chunks also with a lane for each core, those after it as was then faster."""
+    lanes = 0
+    for method in methods:
+        if not isinstance(method, Chunked) or cores == 1:
+            yield method
+        elif lanes:
+            yield replace(method, lanes=lanes)
+        else:
+            yield method
+            yield replace(method, lanes=cores)
+            found = best()
+            lanes = found.lanes if isinstance(found, Chunked) else 1
 
 
 def _time(

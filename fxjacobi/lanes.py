@@ -34,9 +34,9 @@ _lock = threading.Lock()
 _pool: tuple[int, ThreadPoolExecutor] | None = None
 
 
-def lanes_of(rows: int) -> list[range]:
-    """Return ``rows`` in even ranges, one for each of torch's threads, or fewer where there are few rows."""
-    count = max(1, min(torch.get_num_threads(), rows // _FEWEST))
+def lanes_of(rows: int, lanes: int) -> list[range]:
+    """Return ``rows`` in ``lanes`` even ranges; in fewer where torch has fewer threads, or there are few rows."""
+    count = max(1, min(lanes, torch.get_num_threads(), rows // _FEWEST))
     bounds = [rows * i // count for i in range(count + 1)]
     return [range(a, b) for a, b in pairwise(bounds)]
 

@@ -44,20 +44,26 @@ class Chunked(Method):
     steps before it. Where ``w`` is the recurrence's memory, one sweep is enough, and the arithmetic is
     ``1 + w / chunk`` times that of the steps in order, instead of twice.
 
+    With ``lanes`` each of so many cores runs chunks of its own, without threads inside its operations (see
+    :mod:`fxjacobi.lanes`): for large steps; under a millisecond of them, starting the lanes takes what they save.
+
     Raises:
-        ValueError: The chunk is not positive, or the warm-up is negative or longer than a chunk.
+        ValueError: The chunk or the lanes are not positive, or the warm-up is negative or longer than a chunk.
     """
 
     keeps_bits: ClassVar[bool] = True
 
     chunk: int = 32
     warm_up: int = 0
+    lanes: int = 1
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise ValueError(f"a chunk holds at least 1 step, not {self.chunk}")
         if not 0 <= self.warm_up <= self.chunk:
             raise ValueError(f"a warm-up takes 0 to {self.chunk} steps, the chunk's, not {self.warm_up}")
+        if self.lanes < 1:
+            raise ValueError(f"at least 1 core runs the chunks, not {self.lanes}")
 
     @override
     def applies(self, loop: Loop) -> bool:
@@ -77,7 +83,7 @@ class Chunked(Method):
         states = replace_non_finite(guess, system.base(), 0)
         # Chunks must reach back no further than one chunk, and one row for each must fit in memory.
         length = max(self.chunk, system.reach, -(-system.steps // system.rows_limit))
-        return _started(system, states, min(system.steps, length), self.warm_up)
+        return _started(system, states, min(system.steps, length), self.warm_up, self.lanes)
 
     @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
@@ -89,7 +95,7 @@ class Chunked(Method):
             if len(chunks.starts) == 1:
                 raise
             system.rows_limit = min(system.rows_limit, (len(chunks.starts) + 1) // 2)
-            return _started(system, iterate.states, min(system.steps, 2 * chunks.length), 0)
+            return _started(system, iterate.states, min(system.steps, 2 * chunks.length), 0, self.lanes)
         states = _assembled(system, chunks, found, iterate.states)
         before = tuple((iterate.others or {}).get(o, v) for o, v in zip(system.others, others, strict=True))
         stacked = dict(zip(system.others, _assembled(system, chunks, others, before), strict=True))
@@ -112,7 +118,7 @@ class _Memory:
     warm_heads: Heads = ()
 
 
-def _started(system: System, states: States, length: int, warm_up: int) -> Iterate:
+def _started(system: System, states: States, length: int, warm_up: int, cores: int) -> Iterate:
     count = -(-system.steps // length)
     starts = tuple(min(c * length, system.steps - length) for c in range(count))
     unknown = torch.full((count,), math.inf, dtype=torch.float64)
@@ -121,12 +127,13 @@ def _started(system: System, states: States, length: int, warm_up: int) -> Itera
     if warm_up and count > 1:
         warm = max(system.reach, min(warm_up, starts[1]))
         warm_starts = tuple(max(0, start - warm) for start in starts[1:])
-        before = prepared(system, states, warm_starts, warm, 0, tail=system.reach)
+        before = prepared(system, states, warm_starts, warm, 0, tail=system.reach, cores=cores)
         warm_heads = before.heads
         heads = _heads_after(system, heads_of(system, states, starts[:1]), ends_of(system, before))
     else:
         heads = heads_of(system, states, starts)
-    chunks = prepared(system, states, starts, length, 0, heads=_finite_heads(system, heads, system.base(), 1))
+    heads = _finite_heads(system, heads, system.base(), 1)
+    chunks = prepared(system, states, starts, length, 0, heads=heads, cores=cores)
     memory = _Memory(chunks, warm_starts, warm_heads)
     return Iterate(states, updates=torch.zeros(count, dtype=torch.float64), gains=unknown, memory=memory)
 
@@ -208,7 +215,7 @@ def _exchange(system: System, iterate: Iterate, states: States, contract: Contra
     following = with_heads(chunks, _finite_heads(system, heads, system.base(), final + 1))
     samples = _unsettled(system, chunks, heads, contract)
     if 2 * final >= len(active) or samples is not chunks.samples:
-        following = prepared(system, states, chunks.starts, chunks.length, finals, samples)
+        following = prepared(system, states, chunks.starts, chunks.length, finals, samples, cores=chunks.cores)
         following = with_heads(following, _finite_heads(system, following.heads, system.base(), 1))
     return replace(
         iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, memory=_Memory(following)

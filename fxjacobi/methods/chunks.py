@@ -61,6 +61,7 @@ class Chunks:
         lanes: The chunks still iterated, in order, by the core that runs them.
         tail: How many of the last inner steps count; ``None``: all.
         samples: The samples of the batch still iterated, where some have settled; ``None``: all. ``heads`` hold all.
+        cores: How many may share the chunks.
     """
 
     starts: tuple[int, ...]
@@ -70,6 +71,7 @@ class Chunks:
     lanes: tuple[Lane, ...]
     tail: int | None = None
     samples: torch.Tensor | None = None
+    cores: int = 1
 
 
 def with_heads(chunks: Chunks, heads: Heads) -> Chunks:
@@ -86,6 +88,7 @@ def prepared(
     samples: torch.Tensor | None = None,
     heads: Heads | None = None,
     tail: int | None = None,
+    cores: int = 1,
 ) -> Chunks:
     """Gather the inputs of the chunks from ``first`` on, and their heads from a trajectory where they are not given."""
     active = starts[first:]
@@ -94,9 +97,9 @@ def prepared(
     one = system.batch is not system.body or heads[0].device.type != "cpu"
     lanes = [
         _lane(system, active, rows, length, samples, heads, tail)
-        for rows in ([range(len(active))] if one else lanes_of(len(active)))
+        for rows in ([range(len(active))] if one else lanes_of(len(active), cores))
     ]
-    return Chunks(starts, length, first, heads, tuple(lanes), tail, samples)
+    return Chunks(starts, length, first, heads, tuple(lanes), tail, samples, cores)
 
 
 def _lane(
@@ -117,18 +120,22 @@ def _lane(
         plain = value is None or isinstance(binding, (Invariant, Literal))
         columns.append(value if plain else _columns(value, starts, length, view=own))
     if own:
-        example = list(whole)
-        for index, binding in enumerate(bindings):
-            if isinstance(binding, Literal):
-                example[index] = [binding.values[s] for s in starts]
-            elif system.body.mapped[index] and whole[index] is not None:
-                example[index] = columns[index][0]
-        position = 0
-        for carry in system.carries:
-            example[carry.placeholder] = heads[position][rows.start : rows.stop]
-            position += carry.depth
-        layout = system.body.layout(example, len(rows))
-        graph = layout.graph(system.body.prepare(layout, example))
+
+        def example() -> list[Any]:
+            arguments = list(whole)
+            for index, binding in enumerate(bindings):
+                if isinstance(binding, Literal):
+                    arguments[index] = [binding.values[s] for s in starts]
+                elif system.body.mapped[index] and whole[index] is not None:
+                    arguments[index] = columns[index][0]
+            position = 0
+            for carry in system.carries:
+                arguments[carry.placeholder] = heads[position][rows.start : rows.stop]
+                position += carry.depth
+            return arguments
+
+        layout = system.body.known(len(rows)) or system.body.layout(example(), len(rows))
+        graph = layout.body if layout.body is not None else layout.graph(system.body.prepare(layout, example()))
     else:
         batch = system.batch
         lifted = (False,) * len(whole)

@@ -36,9 +36,14 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 8, 33])
 def test_lanes_take_every_row_once(rows: int) -> None:
-    found = lanes_of(rows)
+    found = lanes_of(rows, 2)
     assert [row for lane in found for row in lane] == list(range(rows))
     assert len(found) == (2 if rows >= 8 else 1)
+
+
+def test_there_are_no_more_lanes_than_threads_of_torch() -> None:
+    assert len(lanes_of(100, 5)) == 2
+    assert len(lanes_of(100, 1)) == 1
 
 
 def test_calls_run_at_once_each_on_one_thread_without_gradients() -> None:
@@ -144,17 +149,15 @@ def test_chunks_by_lanes_are_those_of_one(
     if samples is not None and make is autoregressive:
         pytest.skip("its rows do not fold into a batch")
     some = None if samples is None else torch.tensor(samples)
-    by_two = prepared(system, system.base(), starts, 8, 0, some)
-    torch.set_num_threads(1)
+    by_two = prepared(system, system.base(), starts, 8, 0, some, cores=2)
     by_one = prepared(system, system.base(), starts, 8, 0, some)
     assert (len(by_two.lanes), len(by_one.lanes)) == (2, 1)
-    torch.set_num_threads(2)
     for two, one in zip(run_chunks(system, by_two)[0], run_chunks(system, by_one)[0], strict=True):
         torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-13)
 
 
 def test_a_solve_by_lanes_is_the_sequential_answer() -> None:
     recurrence = gru(400, 3, 8)
-    found, solution = solve(recurrence.loop, recurrence.operands, Chunked(40, 40), Contract(rtol=1e-6))
+    found, solution = solve(recurrence.loop, recurrence.operands, Chunked(40, 40, lanes=2), Contract(rtol=1e-6))
     assert solution.sweeps <= 2
     torch.testing.assert_close(found[0], recurrence.reference()[0], rtol=0, atol=2e-6)
