@@ -225,8 +225,13 @@ def _fastest(
     system = System(loop, tuple(operands), memory_limit=options.memory_limit)
     best: tuple[Method, float] = (Sequential(), sequential)
     rows: list[Candidate] = []
+
+    def leader() -> Method:
+        return best[0]
+
     cores = torch.get_num_threads() if system.base()[0].device.type == "cpu" else 1
-    for method in _by_lanes(candidates(loop, False, system=system, contract=contract), cores, lambda: best[0]):
+    likely = candidates(loop, False, system=system, contract=contract)
+    for method in _by_lanes(likely, cores, leader):
         if isinstance(method, Sequential):
             continue
         if time.perf_counter() > deadline:
@@ -242,7 +247,7 @@ def _fastest(
     return best[0], best[1], rows
 
 
-def _by_lanes(methods: Sequence[Method], cores: int, best: Callable[[], Method]) -> Iterator[Method]:
+def _by_lanes(methods: Sequence[Method], cores: int, leader: Callable[[], Method]) -> Iterator[Method]:
     """Yield ``methods``, the first that runs chunks also with a lane for each core, those after it as was then faster."""
     lanes = 0
     for method in methods:
@@ -253,7 +258,7 @@ def _by_lanes(methods: Sequence[Method], cores: int, best: Callable[[], Method])
         else:
             yield method
             yield replace(method, lanes=cores)
-            found = best()
+            found = leader()
             lanes = found.lanes if isinstance(found, Chunked) else 1
 
 

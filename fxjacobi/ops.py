@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -11,7 +12,7 @@ from fxjacobi.errors import GuardFailed
 from fxjacobi.placement import placed_copy, placed_empty
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["Index", "draw", "draw_each", "guard", "guard_steps", "restride", "write"]
 
@@ -61,12 +62,42 @@ _BUILTIN: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
 """The same operations by a shorter way (measured: 1.6 us a call instead of 5)."""
 
 
+def _uniform(count: int, shape: Sequence[int], **kwargs: Any) -> tuple[torch.Tensor, ...] | None:
+    """Return ``count`` uniform draws from one call, or ``None`` where that might be other numbers.
+
+    The CPU's generator gives uniform numbers one after another, whatever the shape (normal ones it does not). Each
+    draw starts where an allocation of its own would, on a multiple of 64 bytes.
+    """
+    device = torch.device(kwargs.get("device") or torch.get_default_device())
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    size = math.prod(shape)
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float64) or size == 0:
+        return None
+    drawn = torch.rand(count, size, **kwargs)
+    line = 64 // drawn.element_size()
+    rows = drawn.new_empty(count, -(-size // line) * line)[:, :size].copy_(drawn)
+    return rows.view(count, *shape).unbind()
+
+
 def draw_each(
-    op: torch._ops.OpOverload, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, filled: bool
+    op: torch._ops.OpOverload,
+    count: int,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    filled: bool,
+    inside: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """Return ``op(*args, **kwargs)``, or where ``filled`` :func:`draw` of these, for each of ``count`` draws in order."""
+    """Return ``op(*args, **kwargs)``, or where ``filled`` :func:`draw` of these, for each of ``count`` draws in order.
+
+    Those that stay ``inside`` of a graph may share the memory of one tensor.
+    """
     if filled:
         return tuple([draw(op, *args, **kwargs) for _ in range(count)])
+    if inside and op is torch.ops.aten.rand.default:
+        together = _uniform(count, *args, **kwargs)
+        if together is not None:
+            return together
     one: Callable[..., torch.Tensor] = _BUILTIN.get(op, op)
     return tuple([one(*args, **kwargs) for _ in range(count)])
 

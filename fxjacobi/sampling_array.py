@@ -11,6 +11,7 @@ import cmath
 import copy
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from fxjacobi import ops
@@ -104,9 +105,14 @@ class SamplingArray:
         start, size = 0, _ROWS
         while start < len(new):
             differs = self._difference(k, step + start, new[start : start + size])
-            rows = (differs.amax(1) | differs.amin(1)).nonzero()
-            if len(rows):
-                return start + int(rows[0])
+            if differs.device.type == "cpu":  # numpy, because with few samples the calls are all that it takes
+                rows = np.flatnonzero(differs.numpy().any(1))
+                if len(rows):
+                    return start + int(rows[0])
+            else:
+                found = (differs.amax(1) | differs.amin(1)).nonzero()
+                if len(found):
+                    return start + int(found[0])
             start, size = start + size, 4 * size
         return None
 

@@ -3,13 +3,14 @@
 Fires on runs of two or more draws of one operation with the same arguments, no other draw between them::
 
     before                                   after
-    rand = aten.rand([100])                  draws = draw_each(aten.rand, 784, ([100],), {}, filled=False)
+    rand = aten.rand([100])                  draws = draw_each(aten.rand, 784, ([100],), {}, filled=False, inside=True)
     rand_1 = aten.rand([100])                rand, rand_1, ... = draws[0], draws[1], ...
     ...
 
 It changes no number: a generator is asked for the same ones in the same order. It saves the way from a graph's node to
-the generator, which takes three times as long as a small draw itself. Must not fire on draws that read a value of the
-run, which have a place of their own.
+the generator, which takes three times as long as a small draw itself. Uniform draws that only blocks read (``inside``)
+become one draw, where the generator gives the same numbers so. Must not fire on draws that read a value of the run,
+which have a place of their own.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def group_draws(module: fx.GraphModule) -> fx.GraphModule:
             filled = node.target is draw
             op, *args = node.args if filled else (node.target, *node.args)
             call = (op, len(run), tuple(args), dict(node.kwargs))
-            together = graph.call_function(draw_each, call, {"filled": filled})
+            inside = all(user.op == "call_module" for one in run for user in one.users)
+            together = graph.call_function(draw_each, call, {"filled": filled, "inside": inside})
             stamp(together, tuple(spec_of(one) for one in run), site_of(node))
             for number, one in enumerate(run):
                 part = graph.call_function(operator.getitem, (together, number))

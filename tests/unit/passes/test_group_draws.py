@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import fx
 
 from fxjacobi.capture import capture
 from fxjacobi.ops import draw_each
 from fxjacobi.passes.group_draws import GroupDraws
 from fxjacobi.passes.hoist_random import HoistRandom
+from fxjacobi.placement import phase_of
 from fxjacobi.verify import equal
 
 STEPS = 6
@@ -87,3 +90,34 @@ def test_it_is_done_once() -> None:
     module = HoistRandom().run(capture(rands, (torch.randn(7),), {}).graph_module).module
     once = GroupDraws().run(module).module
     assert GroupDraws().run(once).module is once
+
+
+@given(
+    count=st.integers(2, 9),
+    shape=st.lists(st.integers(1, 5), max_size=3),
+    dtype=st.sampled_from([None, torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_draws_that_stay_inside_are_those_of_single_calls(
+    count: int, shape: list[int], dtype: torch.dtype | None, seed: int
+) -> None:
+    kwargs = {"dtype": dtype, "device": torch.device("cpu"), "pin_memory": False}
+    torch.manual_seed(seed)
+    wanted, state = [torch.ops.aten.rand.default(shape, **kwargs) for _ in range(count)], torch.get_rng_state()
+    torch.manual_seed(seed)
+    found = draw_each(torch.ops.aten.rand.default, count, (shape,), kwargs, filled=False, inside=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, other in zip(found, wanted, strict=True):
+        assert equal(one, other)
+        assert (one.dtype, one.stride()) == (other.dtype, other.stride())
+        assert phase_of(one) == phase_of(other) == 0
+    together = len({one.untyped_storage().data_ptr() for one in found}) == 1
+    assert together is (dtype not in (torch.float16, torch.bfloat16))
+
+
+def test_draws_that_leave_have_memory_of_their_own() -> None:
+    module = HoistRandom().run(capture(rands, (torch.randn(7),), {}).graph_module).module
+    (call,) = (n for n in GroupDraws().run(module).module.graph.nodes if n.target is draw_each)
+    assert call.kwargs == {"filled": False, "inside": False}
+    found = draw_each(*call.args, **call.kwargs)
+    assert len({one.untyped_storage().data_ptr() for one in found}) == len(found)
