@@ -3,10 +3,14 @@
 Small operations do not gain by threads of their own: two threads inside each product of (64, 128) by (128, 512), with
 all others on one, took 27 ms where one thread took 16 ms, and two cores with half of the rows each took 9 ms
 (94 steps of an LSTM, torch 2.13).
+
+The cores are shared with OpenMP, which torch's operations run on, and whose threads spin for milliseconds while they
+wait for the next one. So a computation that uses lanes takes the cores once (:func:`cores`), for all of its length.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -18,9 +22,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["lanes_of", "run_lanes"]
+__all__ = ["cores", "lanes_of", "run_lanes"]
 
 _T = TypeVar("_T")
 
@@ -32,44 +36,59 @@ _PAUSE_SOFT = 1
 
 _lock = threading.Lock()
 _pool: tuple[int, ThreadPoolExecutor] | None = None
+_holder: tuple[int, int] | None = None
+"""The thread that has the cores, and how many it has."""
 
 
-def lanes_of(rows: int, lanes: int) -> list[range]:
-    """Return ``rows`` in ``lanes`` even ranges; in fewer where torch has fewer threads, or there are few rows."""
-    count = max(1, min(lanes, torch.get_num_threads(), rows // _FEWEST))
+@contextlib.contextmanager
+def cores(wanted: int) -> Iterator[None]:
+    """Inside, up to ``wanted`` lanes run side by side, as many as torch has threads, and operations have one thread.
+
+    ``torch.get_num_threads()`` is 1 for everybody then. Where another thread has the cores already, or autocast is on,
+    which is a thread's own, nothing changes and there is one lane.
+    """
+    global _holder  # noqa: PLW0603 - one for the process, guarded by the lock
+    threads = torch.get_num_threads()
+    count = min(wanted, threads)
+    if count == 1 or torch.is_autocast_enabled("cpu") or not _lock.acquire(blocking=False):
+        yield
+        return
+    try:
+        _holder = threading.get_ident(), count
+        torch.set_num_threads(1)
+        _end_waiting_threads()
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _holder = None
+        _lock.release()
+
+
+def lanes_of(rows: int, wanted: int) -> list[range]:
+    """Return ``rows`` in ``wanted`` even ranges; in fewer where there are fewer cores, or few rows."""
+    held = _holder[1] if _holder is not None and _holder[0] == threading.get_ident() else 1
+    count = max(1, min(wanted, held, rows // _FEWEST))
     bounds = [rows * i // count for i in range(count + 1)]
     return [range(a, b) for a, b in pairwise(bounds)]
 
 
 def run_lanes(calls: Sequence[Callable[[], _T]]) -> list[_T]:
-    """Return what the calls return, which run side by side, each with one thread inside its operations.
-
-    No gradients are recorded. While they run, ``torch.get_num_threads()`` is 1 for everybody; where another thread of
-    the caller's is here already, these run one after the other.
+    """Return what the calls return, which run side by side on the cores that the caller has. No gradients are recorded.
 
     Raises:
         BaseException: What the first of the calls that failed raised, when all have ended.
     """
-    modes = torch.is_autocast_enabled("cpu")
-    if len(calls) == 1 or modes or not _lock.acquire(blocking=False):
+    if len(calls) == 1 or _holder is None or _holder[0] != threading.get_ident():
         with torch.no_grad():
             return [call() for call in calls]
+    inference = torch.is_inference_mode_enabled()
+    waiting = [_executor(len(calls) - 1).submit(_alone, call, inference) for call in calls[1:]]
     try:
-        threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-        torch.set_num_threads(1)
-        _let_go_of_cores()
-        try:
-            waiting = [_executor(len(calls) - 1).submit(_alone, call, inference) for call in calls[1:]]
-            try:
-                first = _alone(calls[0], inference)
-            finally:
-                for one in waiting:
-                    one.exception()  # waits: what they write to must not be given up before
-            return [first, *(one.result() for one in waiting)]
-        finally:
-            torch.set_num_threads(threads)
+        first = _alone(calls[0], inference)
     finally:
-        _lock.release()
+        for one in waiting:
+            one.exception()  # waits: what they write to must not be given up before
+    return [first, *(one.result() for one in waiting)]
 
 
 def _alone(call: Callable[[], _T], inference: bool) -> _T:
@@ -87,11 +106,11 @@ def _pause() -> Callable[[int], int] | None:
     return pause
 
 
-def _let_go_of_cores() -> None:
-    """End OpenMP's threads that wait for the next operation, which start anew with it.
+def _end_waiting_threads() -> None:
+    """End OpenMP's threads that wait for the next operation; it starts new ones when it needs them, in 0.1 ms.
 
-    They wait by spinning, for milliseconds, on the cores that the lanes want: a solve after an ordinary operation took
-    11 ms where it takes 7 now. Ending and starting takes 0.1 ms.
+    Once for a computation, not at each run of lanes: a thread that starts while a lane ends is put on the caller's own
+    core, and each waits for the other there (seen: solves of 25 ms among those of 9).
     """
     pause = _pause()
     if pause is not None:

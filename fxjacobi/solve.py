@@ -15,6 +15,7 @@ from fxjacobi.batched_body import BatchedBody
 from fxjacobi.certificate import Certificate, Solution
 from fxjacobi.constants import positions
 from fxjacobi.footprint import StateSize
+from fxjacobi.lanes import cores
 from fxjacobi.methods.affine import Affine
 from fxjacobi.methods.comparison import Comparison, agree, compared
 from fxjacobi.methods.frozen import Samples
@@ -96,6 +97,11 @@ def solve(
 @torch.no_grad()
 def solve_system(system: System, method: Method, contract: Contract, guess: Guess) -> Solved:
     """:func:`solve` for a system that is there already, with a method that is lawful for it."""
+    with cores(method.cores):
+        return _solve_system(system, method, contract, guess)
+
+
+def _solve_system(system: System, method: Method, contract: Contract, guess: Guess) -> Solved:
     swept = _swept_in_windows(system, method, contract, guess)
     if contract.trial_until is not None and not method.done(swept.iterate, contract):
         raise TrialError(f"given up after {len(swept.prefixes)} sweeps: they do not converge")

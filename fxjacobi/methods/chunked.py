@@ -65,6 +65,11 @@ class Chunked(Method):
         if self.lanes < 1:
             raise ValueError(f"at least 1 core runs the chunks, not {self.lanes}")
 
+    @property
+    @override
+    def cores(self) -> int:
+        return self.lanes
+
     @override
     def applies(self, loop: Loop) -> bool:
         return True

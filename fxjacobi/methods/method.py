@@ -113,6 +113,11 @@ class Method(ABC):
         word = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
         return f"{word}({', '.join(options)})" if options else word
 
+    @property
+    def cores(self) -> int:
+        """How many of the processor's cores it runs parts of its own on (:mod:`fxjacobi.lanes`)."""
+        return 1
+
     @abstractmethod
     def applies(self, loop: Loop) -> bool:
         """Whether the method can solve this loop at all (the driver runs it in order where not)."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fxjacobi import lanes
-from fxjacobi.lanes import lanes_of, run_lanes
+from fxjacobi.lanes import cores, lanes_of, run_lanes
 from fxjacobi.methods import Chunked, Contract
 from fxjacobi.methods.chunks import prepared, run_chunks
 from fxjacobi.solve import solve
@@ -36,14 +36,45 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 8, 33])
 def test_lanes_take_every_row_once(rows: int) -> None:
-    found = lanes_of(rows, 2)
+    with cores(2):
+        found = lanes_of(rows, 2)
     assert [row for lane in found for row in lane] == list(range(rows))
     assert len(found) == (2 if rows >= 8 else 1)
 
 
 def test_there_are_no_more_lanes_than_threads_of_torch() -> None:
-    assert len(lanes_of(100, 5)) == 2
-    assert len(lanes_of(100, 1)) == 1
+    with cores(5):
+        assert len(lanes_of(100, 5)) == 2
+        assert len(lanes_of(100, 1)) == 1
+    assert len(lanes_of(100, 5)) == 1
+    torch.set_num_threads(1)
+    with cores(5):
+        assert len(lanes_of(100, 5)) == 1
+
+
+def test_one_thread_has_the_cores() -> None:
+    inside, asked = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with cores(2):
+            inside.set()
+            asked.wait(20)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(20)
+    with cores(2):
+        assert len(lanes_of(100, 2)) == 1
+        (one, two) = run_lanes([lambda: threading.current_thread().name] * 2)
+        assert one == two == threading.current_thread().name
+    asked.set()
+    thread.join()
+    assert not lanes._lock.locked()
+
+
+def test_what_a_thread_keeps_to_itself_keeps_others_out() -> None:
+    with torch.autocast("cpu"), cores(2):
+        assert len(lanes_of(100, 2)) == 1
 
 
 def test_calls_run_at_once_each_on_one_thread_without_gradients() -> None:
@@ -53,15 +84,17 @@ def test_calls_run_at_once_each_on_one_thread_without_gradients() -> None:
         meet.wait()  # passes only where both are running
         return number, torch.get_num_threads(), torch.is_grad_enabled()
 
-    assert run_lanes([partial(call, 0), partial(call, 1)]) == [(0, 1, False), (1, 1, False)]
+    with cores(2):
+        assert run_lanes([partial(call, 0), partial(call, 1)]) == [(0, 1, False), (1, 1, False)]
     assert torch.get_num_threads() == 2
     assert torch.is_grad_enabled()
 
 
 def test_inference_mode_goes_along() -> None:
-    with torch.inference_mode():
+    with torch.inference_mode(), cores(2):
         assert run_lanes([torch.is_inference_mode_enabled] * 2) == [True, True]
-    assert run_lanes([torch.is_inference_mode_enabled] * 2) == [False, False]
+    with cores(2):
+        assert run_lanes([torch.is_inference_mode_enabled] * 2) == [False, False]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -77,44 +110,39 @@ def test_a_failure_is_raised_when_all_have_ended(failing: int) -> None:
 
     calls: list[Callable[[], None]] = [work, work]
     calls[failing] = fail
-    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+    with pytest.raises(torch.OutOfMemoryError, match="planted"), cores(2):
         run_lanes(calls)
     assert ended.is_set()
     assert torch.get_num_threads() == 2
     assert not lanes._lock.locked()
 
 
-def test_inside_another_call_they_run_one_after_the_other() -> None:
-    def inner() -> list[str]:
-        return run_lanes([lambda: threading.current_thread().name] * 2)
-
-    (one, two), *_ = run_lanes([inner, inner])
-    assert one == two
-
-
 def test_a_forked_process_has_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_lanes([int, int])
-    first = lanes._pool
-    monkeypatch.setattr("fxjacobi.lanes.os.getpid", lambda: -1)
-    run_lanes([int, int])
+    with cores(2):
+        run_lanes([int, int])
+        first = lanes._pool
+        monkeypatch.setattr("fxjacobi.lanes.os.getpid", lambda: -1)
+        run_lanes([int, int])
     assert lanes._pool is not first
     monkeypatch.setattr(lanes, "_pool", None)
 
 
 _THREADS = """
 import os, torch
-from fxjacobi.lanes import run_lanes
+from fxjacobi.lanes import cores, run_lanes
 
 def count():
     return len(os.listdir("/proc/self/task"))
 
 torch.set_num_threads(2)
 a = torch.ones(256, 256)
-run_lanes([int, int])  # a lane's own thread, which does nothing yet
+with cores(2):
+    run_lanes([int, int])  # a lane's own thread, which does nothing yet
 a @ a  # and OpenMP's second thread
 before = count()
 for _ in range(3):
-    run_lanes([lambda: a @ a, lambda: a @ a])
+    with cores(2):
+        run_lanes([lambda: a @ a, lambda: a @ a])
 a @ a
 print(count() - before)
 """
@@ -149,10 +177,12 @@ def test_chunks_by_lanes_are_those_of_one(
     if samples is not None and make is autoregressive:
         pytest.skip("its rows do not fold into a batch")
     some = None if samples is None else torch.tensor(samples)
-    by_two = prepared(system, system.base(), starts, 8, 0, some, cores=2)
-    by_one = prepared(system, system.base(), starts, 8, 0, some)
-    assert (len(by_two.lanes), len(by_one.lanes)) == (2, 1)
-    for two, one in zip(run_chunks(system, by_two)[0], run_chunks(system, by_one)[0], strict=True):
+    with cores(2):
+        by_two = prepared(system, system.base(), starts, 8, 0, some, cores=2)
+        by_one = prepared(system, system.base(), starts, 8, 0, some)
+        assert (len(by_two.lanes), len(by_one.lanes)) == (2, 1)
+        found = run_chunks(system, by_two)[0], run_chunks(system, by_one)[0]
+    for two, one in zip(*found, strict=True):
         torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-13)
 
 
