@@ -54,6 +54,19 @@ def _events(function: Callable[[], object], device: torch.device) -> float:
         return milliseconds / 1e3
 
 
+def _turn(
+    function: Callable[[], object],
+    clock: Callable[[Callable[[], object], torch.device], float],
+    device: torch.device,
+    seconds: float,
+) -> list[float]:
+    begun = time.perf_counter()
+    found = [clock(function, device)]
+    while time.perf_counter() - begun + min(found) < seconds:
+        found.append(clock(function, device))
+    return found[1:] or found
+
+
 def medians(
     functions: Sequence[Callable[[], object]],
     *,
@@ -61,6 +74,7 @@ def medians(
     rounds: int,
     budget_s: float = math.inf,
     warmup: int = 1,
+    turn_s: float = 0.0,
 ) -> list[float]:
     """Return the median seconds of one call of each function.
 
@@ -74,6 +88,8 @@ def medians(
         rounds: Samples of each.
         budget_s: Seconds after which no further round begins; the first is always run.
         warmup: Calls of each before timing.
+        turn_s: Seconds that a turn fills with calls, each a sample. Where there is room for more than one, the first is
+            not counted: it finds the processor's caches full of another function's code and data.
 
     Raises:
         ValueError: ``rounds`` is less than 1.
@@ -94,7 +110,7 @@ def medians(
                 break
             order = range(len(functions)) if turn % 2 == 0 else reversed(range(len(functions)))
             for place in order:
-                samples[place].append(clock(functions[place], device))
+                samples[place] += _turn(functions[place], clock, device, turn_s)
     finally:
         if collecting:
             gc.enable()

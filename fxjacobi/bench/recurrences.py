@@ -22,6 +22,9 @@ __all__ = ["Recurrences", "both_contracts", "solver_of"]
 
 _RTOL = 1e-5
 
+_TURN_S = 0.1
+"""Seconds of each turn: ten calls of what takes 10 ms."""
+
 Values: TypeAlias = dict[str, float | int | str | bool]
 Call: TypeAlias = "Callable[[], torch.Tensor]"
 
@@ -153,7 +156,7 @@ def _row(
     for rival in rivals.values():
         torch.testing.assert_close(rival(*fresh), ordinary, rtol=1e-3, atol=1e-4)
     runs: list[Call] = [*calls, *(partial(rival, *fresh) for rival in rivals.values())]
-    times = medians(runs, device=settings.device, rounds=settings.rounds)
+    times = medians(runs, device=settings.device, rounds=settings.rounds, turn_s=_TURN_S)
     ordinary_s, solved_s, exact_s = times[:3]
     values: Values = {
         "method": facts["method"],

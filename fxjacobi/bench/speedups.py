@@ -57,7 +57,11 @@ class Speedups(Benchmark):
             assert error <= bound, f"{case.name}, {method}: off by {error:.3g}"
             calls[method] = partial(each, fresh)
         times = dict(
-            zip(calls, medians(list(calls.values()), device=settings.device, rounds=settings.rounds), strict=True)
+            zip(
+                calls,
+                medians(list(calls.values()), device=settings.device, rounds=settings.rounds, turn_s=0.1),
+                strict=True,
+            )
         )
         ratios = {method: times["ordinary"] / seconds for method, seconds in times.items() if method != "ordinary"}
         return Row(case.name, {"steps": case.steps, "batch": case.batch, "ordinary_s": times["ordinary"], **ratios})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,6 +33,21 @@ def test_functions_take_turns_and_the_first_round_is_always_run() -> None:
     assert calls == ["a", "b"]
     with pytest.raises(ValueError, match="rounds"):
         medians(functions, device=CPU, rounds=0)
+
+
+def test_the_first_call_of_a_turn_is_not_counted_where_there_is_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, 0
+
+    def cold_every_seventh_time() -> None:
+        nonlocal now, calls
+        now += 5.0 if calls % 7 else 30.0
+        calls += 1
+
+    monkeypatch.setattr("fxjacobi.bench.clock.time", SimpleNamespace(perf_counter=lambda: now))
+    assert medians([cold_every_seventh_time], device=CPU, rounds=3, warmup=0, turn_s=62.0) == [5.0]
+    assert calls == 3 * 7  # 60 s each, and another call would take 5 at least
+    assert medians([cold_every_seventh_time], device=CPU, rounds=1, warmup=0, turn_s=35.0) == [30.0]
+    assert calls == 3 * 7 + 1
 
 
 def test_a_row_holds_every_way_and_its_ratio() -> None:
