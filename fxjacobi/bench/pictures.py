@@ -112,7 +112,7 @@ def _speedups(rows: Sequence[Row], where: str) -> Any:
     over_steps.set_title("over the length, B=1")
     over_batch.set_title(f"over the batch, T={', '.join(f'{t:,}' for t in sorted(at))}")
     figure.legend(
-        *over_steps.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False
+        *over_steps.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(methods), 4), frameon=False
     )
     figure.suptitle(f"GRU loop, H=128, tolerance 1e-5, by method ({where})")
     return figure
