@@ -58,7 +58,7 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     arrays = _arrays(skeleton)
     gradients = torch.is_grad_enabled() and _requires_grad(tensors, watch)
     kind = GuardedRecorder if "torch._dynamo" in sys.modules else Recorder
-    recorder = kind(graph, _Attacher(root), watch.tensors, gradients, root)
+    recorder = kind(graph, _Attacher(root), watch.tensors, gradients, root, record.__code__)
     placeholders = []
     for position, tensor in enumerate(tensors):
         with graph.inserting_before(recorder.memory.front):

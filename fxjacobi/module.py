@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._C import _functorch
 from torch.utils import _python_dispatch
+from typing_extensions import override
 
 from fxjacobi.compiler import specialise
 from fxjacobi.errors import PlanError
@@ -18,6 +19,8 @@ from fxjacobi.report import Report
 from fxjacobi.saved_plan import Decision, SavedPlan, describe_method
 from fxjacobi.settled_heap import settled_heap
 from fxjacobi.signature import signature
+from fxjacobi.trees import PRIMITIVES
+from fxjacobi.watch import Wrapper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -47,7 +50,18 @@ def _shapes(args: tuple[Any, ...]) -> Hashable | None:
     return tuple(key)
 
 
-class SolvedModule(nn.Module):
+def _changed(known: list[Specialisation]) -> str:
+    """Name what the last specialisation no longer finds as it was."""
+    watch = known[-1].capture.watch if known and known[-1].capture is not None else None
+    changes = watch.changes() if watch is not None else []
+    if not changes:
+        return "not by assignment"
+    first = changes[0]
+    values = f" from {first.before!r:.40} to {first.after!r:.40}" if isinstance(first.before, PRIMITIVES) else ""
+    return f"{first.name}{values}"
+
+
+class SolvedModule(nn.Module, Wrapper):
     """Behaves as the callable it was made from, sooner; see :func:`fxjacobi.compile`.
 
     Attributes:
@@ -96,13 +110,21 @@ class SolvedModule(nn.Module):
         with self._lock, settled_heap():
             known = self._specialisations.setdefault(key, [])
             again = any(s.provisional for s in known)
+            changed = _changed(known)
             result, specialisation = specialise(self._original, args, kwargs, self._options, again=again)
             known[:] = [s for s in known if not s.provisional]
             if len(known) >= _MAX_SPECIALISATIONS:
-                specialisation.retire(f"Python values that the model reads changed in {len(known)} calls")
+                specialisation.retire(
+                    f"Python values that the model reads changed in {len(known)} calls, the last time {changed}: "
+                    "keep what changes with each call in a tensor argument, or out of the model"
+                )
             known.append(specialisation)
             self._last = specialisation
         return result
+
+    @override
+    def wrapped(self) -> Any:
+        return self._original
 
     def _remember(self, args: tuple[Any, ...], specialisation: Specialisation) -> None:
         """Take the short way for calls like this one, for which the original runs."""

@@ -26,6 +26,7 @@ from fxjacobi.write_recorder import BATCH_NORMS, WriteRecorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from types import CodeType
 
     from torch import fx
 
@@ -87,6 +88,7 @@ class Recorder(TorchDispatchMode):
         known: Storage key -> (qualified name, tensor) of tensors that were there before the run.
         gradients: Whether the run builds an autograd graph.
         root: The module that holds what the graph calls.
+        outermost: See :class:`~fxjacobi.sites.SiteFinder`.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Recorder(TorchDispatchMode):
         known: dict[int, tuple[str, torch.Tensor]],
         gradients: bool,
         root: torch.nn.Module,
+        outermost: CodeType | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's mode carries no annotations
         self.gradients = gradients
@@ -105,7 +108,7 @@ class Recorder(TorchDispatchMode):
         self.overhead_s = 0.0
         self.memory = Memory(graph, attach, known, gradients, self.refuse)
         self.writes = WriteRecorder(self.memory, self.refuse)
-        self.sites = SiteFinder()
+        self.sites = SiteFinder(outermost)
         self.undifferentiable: str | None = None  # why an emitted module would not have the run's gradients
         self._turned: Geometry | None = None  # what a tensor that is turned in place looked like before
         self._grad_mode = torch.is_grad_enabled()

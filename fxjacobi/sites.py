@@ -26,10 +26,13 @@ class SiteFinder:
     """Walks out of torch and fxjacobi to the innermost frame of anyone else, remembering every code object met.
 
     Attributes:
-        namespaces: The globals that the user's code reads, with the names it reads (for guards on them).
+        outermost: The code that called the run. A model all of whose code is torch's own is named by the line that
+            called it, but what that line reads (its loop counter, the compiled module itself) is not the model's.
+        namespaces: The globals that the run's code reads, with the names it reads (for guards on them).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outermost: CodeType | None = None) -> None:
+        self.outermost = outermost
         self._internal: dict[CodeType, bool] = {}
         self._sites: dict[tuple[CodeType, int], Site] = {}
         self.namespaces: dict[CodeType, dict[str, Any]] = {}
@@ -37,6 +40,7 @@ class SiteFinder:
     def find(self) -> Site | None:
         """Return the site of the operation that is being dispatched."""
         frame: FrameType | None = sys._getframe(2)
+        inside = True
         while frame is not None:
             code = frame.f_code
             internal = self._internal.get(code)
@@ -44,13 +48,14 @@ class SiteFinder:
                 path = os.path.realpath(code.co_filename)
                 internal = path.startswith(_INTERNAL) or code.co_filename.startswith("<frozen")
                 self._internal[code] = internal
-                if not internal:
-                    self.namespaces[code] = frame.f_globals
             if not internal:
+                if inside and code not in self.namespaces:
+                    self.namespaces[code] = frame.f_globals
                 key = (code, frame.f_lasti)
                 site = self._sites.get(key)
                 if site is None:
                     site = self._sites[key] = Site(code.co_filename, frame.f_lineno, code.co_name)
                 return site
+            inside = inside and code is not self.outermost
             frame = frame.f_back
         return None

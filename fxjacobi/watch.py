@@ -24,7 +24,7 @@ from fxjacobi.trees import PRIMITIVES
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["MISSING", "Change", "Watch"]
+__all__ = ["MISSING", "Change", "Watch", "Wrapper"]
 
 _LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "typing", "collections", "fxjacobi")
 _MODULE_INTERNALS = frozenset(
@@ -47,6 +47,17 @@ class Change:
     key: Any
     before: Any
     after: Any
+
+
+class Wrapper:
+    """A callable that keeps books about its calls: a run depends on what it wraps, not on its books.
+
+    It may well be reached by the run that it wraps, as in ``self.fast = fxjacobi.compile(self.loop)``.
+    """
+
+    def wrapped(self) -> Any:
+        """What a recorded run calls in its place."""
+        raise NotImplementedError
 
 
 class Watch:
@@ -90,6 +101,8 @@ class Watch:
                 if value.is_leaf:
                     self._grads.append((value, value.grad))
             return []
+        if isinstance(value, Wrapper):
+            return [(value.wrapped(), path)]
         if isinstance(value, nn.Module):
             self.modules.append(value)
             fields = {k: v for k, v in value.__dict__.items() if k not in _MODULE_INTERNALS}
@@ -133,7 +146,7 @@ class Watch:
         for key, item in fields.items():
             primitive = isinstance(item, PRIMITIVES)
             self._entries.append((container, key, item, primitive))
-            name = f"{path}.{key}"
+            name = path if isinstance(container, _Cell) else f"{path}.{key}"
             self._names.append(name)
             if not primitive:
                 children.append((item, _INSIDE.sub(".", name)))
