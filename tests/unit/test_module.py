@@ -49,36 +49,39 @@ def test_arguments_at_other_addresses_are_compiled_by_themselves() -> None:
     assert "4 signatures" in repr(compiled)
 
 
+def loop(self: Sampler | SamplerModule, x: torch.Tensor) -> torch.Tensor:
+    for _ in range(40):
+        x = torch.tanh(x @ self.weight)
+    return x
+
+
 class Sampler:
     """Keeps what it compiled of itself."""
+
+    loop = loop
 
     def __init__(self) -> None:
         self.weight = torch.randn(3, 3)
         self.fast = fxjacobi.compile(self.loop, measure=False)
 
-    def loop(self, x: torch.Tensor) -> torch.Tensor:
-        for _ in range(40):
-            x = torch.tanh(x @ self.weight)
-        return x
-
 
 class SamplerModule(nn.Module):
     """As :class:`Sampler`, with the compiled module among its submodules."""
+
+    loop = loop
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(3, 3))
         self.fast = fxjacobi.compile(self.loop, measure=False)
 
-    loop = Sampler.loop
-
 
 @pytest.mark.parametrize("kind", [Sampler, SamplerModule])
 def test_an_object_may_keep_what_was_compiled_of_it(kind: type[Sampler] | type[SamplerModule]) -> None:
     sampler = kind()
+    x = torch.randn(2, 3)
     with torch.no_grad():
         for call in range(3):
-            x = torch.randn(2, 3)
             assert torch.equal(sampler.fast(x), sampler.loop(x))
             assert sampler.fast.report.solved == (call > 0)
         # What it reads besides is watched as ever.
