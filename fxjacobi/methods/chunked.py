@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -10,7 +11,7 @@ import torch
 from typing_extensions import override
 
 from fxjacobi.footprint import input_bytes
-from fxjacobi.methods.chunks import Chunks, Heads, ends_of, heads_of, prepared, run_chunks, with_heads
+from fxjacobi.methods.chunks import Chunks, Heads, heads_of, prepared, run_chunks, with_heads
 from fxjacobi.methods.comparison import compared
 from fxjacobi.methods.frozen import independent, settled
 from fxjacobi.methods.method import Contract, Iterate, Method
@@ -37,12 +38,12 @@ class Chunked(Method):
     With chunks of ``chunk`` steps and ``F_c`` a run through chunk ``c``: ``y_{c+1} <- F_c(y_c)`` for all ``c`` at once
     (arXiv 2002.03629, section 4.2, Jacobi-GS). A sweep costs ``chunk`` batched steps, so two sweeps, enough where
     a chunk is longer than the recurrence's memory, cost twice the arithmetic and ``2 chunk / T`` of the calls.
-    After ``k`` sweeps the first ``k`` chunks are final; those that are known to be are dropped, half at a time. The
-    last chunk overlaps the one before where T is no multiple.
+    After ``k`` sweeps the first ``k`` chunks are final; those that are known to be are dropped, half at a time.
 
     With a ``warm_up`` of ``w`` steps the first chunk starts are not guessed but run: each chunk's from the guess ``w``
     steps before it. Where ``w`` is the recurrence's memory, one sweep is enough, and the arithmetic is
-    ``1 + w / chunk`` times that of the steps in order, instead of twice.
+    ``1 + w / chunk`` times that of the steps in order, instead of twice. Chunks are made even,
+    ``T = w' + n L``: of a quarter more or less than ``chunk`` steps, so that the rest that ``w'`` takes up is small.
 
     With ``lanes`` each of so many cores runs chunks of its own, without threads inside its operations (see
     :mod:`fxjacobi.lanes`): for large steps; under a millisecond of them, starting the lanes takes what they save.
@@ -76,35 +77,32 @@ class Chunked(Method):
 
     @override
     def rows_at_once(self, steps: int, reach: int) -> int:
-        return -(-steps // max(self.chunk, reach))
+        return -(-steps // max(_shortest(self.chunk), reach))
 
     @override
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
-        # Chunks that start evenly apart read their inputs where they lie.
-        return 0 if loop.trip_count % max(self.chunk, size.reach) == 0 else input_bytes(loop)
+        # Rows read their inputs where they lie, but where bits count, or for some samples only.
+        return input_bytes(loop)
 
     @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
         states = replace_non_finite(guess, system.base(), 0)
-        # Chunks must reach back no further than one chunk, and one row for each must fit in memory.
-        length = max(self.chunk, system.reach, -(-system.steps // system.rows_limit))
-        return _started(system, states, min(system.steps, length), self.warm_up, self.lanes)
+        return _started(system, states, self.chunk, self.warm_up, self.lanes)
 
     @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
-        memory: _Memory = iterate.memory
-        chunks = memory.chunks
+        chunks: Chunks = iterate.memory
         try:
-            found, others = run_chunks(system, chunks)
+            swept = run_chunks(system, chunks)
         except torch.OutOfMemoryError:
             if len(chunks.starts) == 1:
                 raise
             system.rows_limit = min(system.rows_limit, (len(chunks.starts) + 1) // 2)
-            return _started(system, iterate.states, min(system.steps, 2 * chunks.length), 0, self.lanes)
-        states = _assembled(system, chunks, found, iterate.states)
-        before = tuple((iterate.others or {}).get(o, v) for o, v in zip(system.others, others, strict=True))
-        stacked = dict(zip(system.others, _assembled(system, chunks, others, before), strict=True))
-        after = _exchange(system, iterate, states, contract)
+            return _started(system, iterate.states, 2 * chunks.length, 0, self.lanes)
+        states = _assembled(chunks, swept.states, iterate.states)
+        before = tuple((iterate.others or {}).get(o, v) for o, v in zip(system.others, swept.others, strict=True))
+        stacked = dict(zip(system.others, _assembled(chunks, swept.others, before), strict=True))
+        after = _exchange(system, iterate, states, swept.heads, contract)
         # Samples were left out on evidence that they are independent, so then every equation is looked at again.
         opened = _seams(system, chunks) if chunks.samples is None else None
         return replace(after, others=stacked, open=opened)
@@ -114,95 +112,78 @@ class Chunked(Method):
         return iterate.update == 0.0 if contract.exact else iterate.update <= 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """What a sweep hands to the next: the chunks, and from where their first starts were run."""
-
-    chunks: Chunks
-    warm_starts: tuple[int, ...] = ()
-    warm_heads: Heads = ()
-
-
-def _started(system: System, states: States, length: int, warm_up: int, cores: int) -> Iterate:
-    count = -(-system.steps // length)
-    starts = tuple(min(c * length, system.steps - length) for c in range(count))
+def _started(system: System, states: States, chunk: int, warm_up: int, cores: int) -> Iterate:
+    length, warm = _even(system.steps, chunk, warm_up, system.reach, system.rows_limit)
+    count = (system.steps - warm) // length
+    starts = (0, *(warm + c * length for c in range(1, count)))
     unknown = torch.full((count,), math.inf, dtype=torch.float64)
-    warm_starts: tuple[int, ...] = ()
-    warm_heads: Heads = ()
-    if warm_up and count > 1:
-        warm = max(system.reach, min(warm_up, starts[1]))
-        warm_starts = tuple(max(0, start - warm) for start in starts[1:])
-        before = prepared(system, states, warm_starts, warm, 0, tail=system.reach, cores=cores)
-        warm_heads = before.heads
-        heads = _heads_after(system, heads_of(system, states, starts[:1]), ends_of(system, before))
-    else:
-        heads = heads_of(system, states, starts)
-    heads = _finite_heads(system, heads, system.base(), 1)
-    chunks = prepared(system, states, starts, length, 0, heads=heads, cores=cores)
-    memory = _Memory(chunks, warm_starts, warm_heads)
-    return Iterate(states, updates=torch.zeros(count, dtype=torch.float64), gains=unknown, memory=memory)
+    chunks = prepared(system, states, starts, length, warm_up=warm, cores=cores)
+    chunks = with_heads(chunks, _finite_heads(system, chunks.heads, system.base(), 1))
+    return Iterate(states, updates=torch.zeros(count, dtype=torch.float64), gains=unknown, memory=chunks)
 
 
-def _heads_after(system: System, first: Heads, ends: States) -> Heads:
-    """Return what is before the first chunk, (1, ...), and before each other what its warm-up left.
+@functools.lru_cache(maxsize=256)
+def _even(steps: int, chunk: int, warm_up: int, reach: int, rows: int) -> tuple[int, int]:
+    """Return the steps of a chunk and of a warm-up that make up ``steps`` evenly, near those asked for.
 
-    ``ends`` hold the last steps of the warm-ups, which end where the chunks start: (chunks - 1, reach, *shape).
+    A chunk reaches back no further than one chunk, and there are at most ``rows``.
     """
-    result: list[torch.Tensor] = []
-    for carry in system.carries:
-        values = ends[carry.component]
-        for inner in range(carry.depth):
-            before = values[:, system.reach - carry.distance + inner]
-            result.append(torch.cat([first[len(result)], before]))
-    return tuple(result)
+    rest = steps - warm_up
+    if steps <= chunk or rest < 2 * reach or rows < 2:
+        return steps, 0
+    fewest = max(reach, rest // (rows + 1) + 1)
+    chunk = max(chunk, fewest)
+    if rest < 2 * chunk:
+        return rest // 2, steps - rest // 2 * 2
+    lengths = range(max(fewest, _shortest(chunk)), min(chunk + chunk // 4, rest // 2) + 1)
+    length = min(lengths, key=lambda length: (rest % length + abs(length - chunk), length))
+    return length, steps - rest // length * length
+
+
+def _shortest(chunk: int) -> int:
+    return -(-3 * chunk // 4)
 
 
 def _seams(system: System, chunks: Chunks) -> tuple[int, ...]:
     """The steps that read what is before their chunk: their equations alone may be open."""
-    # Where the last chunk overlaps the one before, the trajectory passes over at a multiple of the length.
-    seams = {*chunks.starts, *range(0, system.steps, chunks.length)}
-    return tuple(sorted({s + j for s in seams for j in range(system.reach) if s + j < system.steps}))
+    return tuple(sorted({s + j for s in chunks.starts for j in range(system.reach) if s + j < system.steps}))
 
 
-def _assembled(system: System, chunks: Chunks, stacked: States, states: States) -> States:
-    """Return the whole trajectory: ``states`` but for the active chunks and samples, which ``stacked`` holds."""
+def _assembled(chunks: Chunks, found: States, states: States) -> States:
+    """Return the whole trajectory: ``states`` but for the active chunks and samples, which ``found`` holds."""
     begin = chunks.starts[chunks.first]
-    overlap = begin + (len(chunks.starts) - chunks.first) * chunks.length - system.steps
     result: list[torch.Tensor] = []
-    for before, value in zip(states, stacked, strict=True):
-        pieces = [value[:-1].flatten(0, 1), value[-1, overlap:]] if overlap else [value.flatten(0, 1)]
+    for before, value in zip(states, found, strict=True):
         if chunks.samples is None:
-            pieces = [before[:begin], *pieces] if begin else pieces
-            result.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+            result.append(torch.cat([before[:begin], value]) if begin else value)
         else:
             whole = before.clone(memory_format=torch.contiguous_format)
-            whole[begin:] = whole[begin:].index_copy(1, chunks.samples, torch.cat(pieces))
+            whole[begin:] = whole[begin:].index_copy(1, chunks.samples, value)
             result.append(whole)
     return tuple(result)
 
 
-def _exchange(system: System, iterate: Iterate, states: States, contract: Contract) -> Iterate:
-    """Compare the chunk starts that were used with those that came out, and hand the latter over."""
-    memory: _Memory = iterate.memory
-    chunks = memory.chunks
+def _exchange(system: System, iterate: Iterate, states: States, used: Heads, contract: Contract) -> Iterate:
+    """Compare the chunk starts that were ``used`` with those that came out, and hand the latter over."""
+    chunks: Chunks = iterate.memory
     active = chunks.starts[chunks.first :]
     heads = heads_of(system, states, active)
+    used = _of_all_samples(chunks, used, heads)
     updates = gains = None
     if contract.exact:
         changed = torch.zeros(len(active), dtype=torch.bool, device=heads[0].device)
-        for new, old in zip(heads, chunks.heads, strict=True):
+        for new, old in zip(heads, used, strict=True):
             changed |= changed_steps((new,), (old,))
         final, update = leading(~changed), float(changed.double().mean())
     else:
-        apart = compared(heads, chunks.heads, contract)
-        moved, floor = apart.units, apart.floor
-        final, update = leading(apart.settled), float(moved.amax())
+        moved, floor, off = _moves(system, chunks, states, heads, used, contract)
+        final, update = leading(moved <= floor), float(moved.amax())
         assert iterate.updates is not None, "init() sets it"
         assert iterate.gains is not None, "init() sets it"
         updates = torch.zeros_like(iterate.updates)
         updates[chunks.first :] = moved
-        if memory.warm_starts:
-            gains = _warm_gains(system, memory, states, moved, floor, contract)
+        if chunks.warm_up:
+            gains = _warm_gains(chunks, moved, floor, off)
         else:
             # The next chunk's start moved by the gain of this chunk times the last move of its own start.
             every = torch.zeros_like(updates)
@@ -215,38 +196,64 @@ def _exchange(system: System, iterate: Iterate, states: States, contract: Contra
     if prefix == system.steps:
         update = 0.0
     unfinished = update > (0.0 if contract.exact else 1.0)
-    if not unfinished:
-        return replace(iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains)
-    following = with_heads(chunks, _finite_heads(system, heads, system.base(), final + 1))
-    samples = _unsettled(system, chunks, heads, contract)
-    if 2 * final >= len(active) or samples is not chunks.samples:
-        following = prepared(system, states, chunks.starts, chunks.length, finals, samples, cores=chunks.cores)
-        following = with_heads(following, _finite_heads(system, following.heads, system.base(), 1))
-    return replace(
-        iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, memory=_Memory(following)
-    )
+    following = chunks
+    if unfinished:
+        samples = _unsettled(system, chunks, heads, used, contract)
+        following = with_heads(chunks, _finite_heads(system, heads, system.base(), final + 1))
+        if chunks.warm_up or 2 * final >= len(active) or samples is not chunks.samples:
+            following = prepared(
+                system, states, chunks.starts, chunks.length, finals, samples=samples, cores=chunks.cores
+            )
+            following = with_heads(following, _finite_heads(system, following.heads, system.base(), 1))
+    return replace(iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, memory=following)
 
 
-def _warm_gains(
-    system: System, memory: _Memory, states: States, moved: torch.Tensor, floor: torch.Tensor, contract: Contract
-) -> torch.Tensor:
-    """Return by how much each chunk passes on what its start is off, as the warm-up, which is no longer, did.
+def _of_all_samples(chunks: Chunks, used: Heads, heads: Heads) -> Heads:
+    """Return ``used``, which the samples still iterated read, with what is ``heads`` of the others: these did not move."""
+    if chunks.samples is None:
+        return used
+    return tuple(h.index_copy(1, chunks.samples, u) for h, u in zip(heads, used, strict=True))
 
-    The warm-up to chunk ``c`` began at a guess that is off by what the trajectory has there now, and was off by
-    ``moved[c]`` at its end.
+
+def _moves(
+    system: System, chunks: Chunks, states: States, heads: Heads, used: Heads, contract: Contract
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return by how much each chunk's start moved, what of it is rounding, and by how much each row's later first was off.
+
+    The last is of no interest, and empty, where rows have no warm-up.
     """
-    off = compared(heads_of(system, states, memory.warm_starts), memory.warm_heads, contract).units
+    count = len(heads[0])
+    if not chunks.warm_up:
+        apart = compared(heads, used, contract)
+        return apart.units, apart.floor, apart.units[:0]
+    there = heads_of(system, states, chunks.rows[1:])
+    # In one comparison: a call on few rows costs more than its arithmetic.
+    apart = compared(
+        tuple(map(torch.cat, zip(heads, there, strict=True))),
+        tuple(torch.cat([u, g[1:]]) for u, g in zip(used, chunks.heads, strict=True)),
+        contract,
+    )
+    return apart.units[:count], apart.floor[:count], apart.units[count:]
+
+
+def _warm_gains(chunks: Chunks, moved: torch.Tensor, floor: torch.Tensor, off: torch.Tensor) -> torch.Tensor:
+    """Return by how much each chunk passes on what its start is off, as the warm-up did.
+
+    The warm-up to chunk ``c`` began at a guess that was ``off``, and was off by ``moved[c]`` at its end.
+    """
     unknown = torch.full_like(off, math.inf)
     gains = torch.where(torch.isfinite(off) & (off > 4 * floor[1:]), moved[1:] / off.clamp_min(1e-300), unknown)
+    if chunks.warm_up > chunks.length:  # then it dampened more than a chunk does
+        gains = torch.where(gains < 1.0, gains ** (chunks.length / chunks.warm_up), gains)
     return torch.cat([torch.full((1,), math.inf, dtype=gains.dtype), gains])
 
 
-def _unsettled(system: System, chunks: Chunks, heads: Heads, contract: Contract) -> torch.Tensor | None:
+def _unsettled(system: System, chunks: Chunks, heads: Heads, used: Heads, contract: Contract) -> torch.Tensor | None:
     """Return the samples whose chunk starts still move; ``chunks.samples`` unless at least half have settled."""
     batch = heads[0].shape[1] if heads[0].dim() > 1 else 1
     if contract.exact or batch == 1 or system.batch is not system.body or not independent(system):
         return chunks.samples
-    still = ~torch.stack([settled((n,), (o,), contract) for n, o in zip(heads, chunks.heads, strict=True)]).all(0)
+    still = ~torch.stack([settled((n,), (o,), contract) for n, o in zip(heads, used, strict=True)]).all(0)
     count = int(still.sum())
     before = batch if chunks.samples is None else len(chunks.samples)
     return still.nonzero().squeeze(1).to(heads[0].device) if 0 < 2 * count <= before else chunks.samples

@@ -1,4 +1,10 @@
-"""Chunks of a loop's steps that run side by side: row ``c`` of inner step ``j`` is step ``starts[c] + j`` of the loop."""
+"""Chunks of a loop's steps that run side by side, a row each: row ``c`` of inner step ``j`` is step ``rows[c] + j``.
+
+    row c:    [ warm-up ][ its chunk of L steps ]
+    row c+1:              [ warm-up ][ its chunk  ]        rows are L steps apart, so their inputs are a view
+
+A row's warm-up runs the last steps of the chunk before, from a guess; the first row is right from its first step on.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ import torch
 from fxjacobi.batched_body import Layout, Strategy
 from fxjacobi.constants import positions
 from fxjacobi.lanes import lanes_of, run_lanes
-from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked, Step
+from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Stacked
 from fxjacobi.scripted_loop import scripted_steps
 
 if TYPE_CHECKING:
@@ -21,20 +27,20 @@ if TYPE_CHECKING:
 
     from fxjacobi.system import States, System
 
-__all__ = ["Chunks", "Heads", "Lane", "ends_of", "heads_of", "prepared", "run_chunks", "with_heads"]
+__all__ = ["Chunks", "Heads", "Lane", "Swept", "heads_of", "prepared", "run_chunks", "with_heads"]
 
 _T = TypeVar("_T")
 
 Heads = tuple[torch.Tensor, ...]
-"""What the chunks read from before themselves: one tensor (chunks, *shape) for each carry and step below its distance."""
+"""What rows or chunks read from before themselves: one tensor (rows, *shape) for each carry and step below its distance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """Some of the chunks, which one core runs, laid out for a lean inner loop.
+    """Some of the rows, which one core runs, laid out for a lean inner loop.
 
     Args:
-        rows: Which of the active chunks.
+        rows: Which of the active ones.
         layout: How one inner step of these is evaluated.
         columns: For each placeholder of the body what it reads: ``(length, ...)`` packed, the value itself where it is
             the same throughout, a list where it is a Python value of the step, ``None`` where it is carried.
@@ -55,23 +61,49 @@ class Chunks:
 
     Args:
         starts: First steps of all chunks, ascending.
-        length: Steps of each.
+        length: Steps of each chunk; the first also holds what the other rows warm up.
+        warm_up: Steps that each row but the first runs before its chunk.
         first: First chunk still iterated.
-        heads: See :data:`Heads`; for the chunks still iterated.
-        lanes: The chunks still iterated, in order, by the core that runs them.
-        tail: How many of the last inner steps count; ``None``: all.
+        heads: What the rows read from before themselves, of those still iterated.
+        lanes: The rows still iterated, in order, by the core that runs them.
         samples: The samples of the batch still iterated, where some have settled; ``None``: all. ``heads`` hold all.
-        cores: How many may share the chunks.
+        cores: How many may share the rows.
     """
 
     starts: tuple[int, ...]
     length: int
+    warm_up: int
     first: int
     heads: Heads
     lanes: tuple[Lane, ...]
-    tail: int | None = None
     samples: torch.Tensor | None = None
     cores: int = 1
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The first steps of the rows still iterated."""
+        return tuple([max(0, start - self.warm_up) for start in self.starts[self.first :]])
+
+    @property
+    def steps(self) -> int:
+        """The inner steps of a row."""
+        return self.warm_up + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What the rows came to.
+
+    Args:
+        states: The state's components from the first step of the first chunk still iterated on, (steps, *shape), of the
+            samples still iterated.
+        others: The other outputs that are results, likewise.
+        heads: What each chunk read from before itself, of the samples still iterated: with a warm-up, its own end.
+    """
+
+    states: States
+    others: States
+    heads: Heads
 
 
 def with_heads(chunks: Chunks, heads: Heads) -> Chunks:
@@ -84,22 +116,21 @@ def prepared(
     states: States,
     starts: tuple[int, ...],
     length: int,
-    first: int,
+    first: int = 0,
+    *,
+    warm_up: int = 0,
     samples: torch.Tensor | None = None,
-    heads: Heads | None = None,
-    tail: int | None = None,
     cores: int = 1,
 ) -> Chunks:
-    """Gather the inputs of the chunks from ``first`` on, and their heads from a trajectory where they are not given."""
-    active = starts[first:]
-    if heads is None:
-        heads = heads_of(system, states, active)
+    """Gather the inputs of the chunks from ``first`` on, and their heads from a trajectory."""
+    rows = tuple([max(0, start - warm_up) for start in starts[first:]])
+    heads = heads_of(system, states, rows)
     one = system.batch is not system.body or heads[0].device.type != "cpu"
     lanes = [
-        _lane(system, active, rows, length, samples, heads, tail)
-        for rows in ([range(len(active))] if one else lanes_of(len(active), cores))
+        _lane(system, rows, some, warm_up + length, samples, heads)
+        for some in ([range(len(rows))] if one else lanes_of(len(rows), cores))
     ]
-    return Chunks(starts, length, first, heads, tuple(lanes), tail, samples, cores)
+    return Chunks(starts, length, warm_up, first, heads, tuple(lanes), samples, cores)
 
 
 def _lane(
@@ -109,7 +140,6 @@ def _lane(
     length: int,
     samples: torch.Tensor | None,
     heads: Heads,
-    tail: int | None,
 ) -> Lane:
     starts = active[rows.start : rows.stop]
     whole = system.fixed(slice(None))
@@ -155,7 +185,7 @@ def _lane(
                 columns[index] = layout.pack(column, leading=1)
     if graph is not None and apart:
         graph = layout.folding(graph, tuple(apart.items()))
-    inner = None if graph is None else _inner(system, layout, graph, columns, length, tail)
+    inner = None if graph is None else _inner(system, layout, graph, columns, length)
     return Lane(rows, layout, tuple(columns), frozenset(apart), inner)
 
 
@@ -175,7 +205,7 @@ def _columns(value: torch.Tensor, starts: tuple[int, ...], length: int, *, view:
 
 
 def heads_of(system: System, states: States, starts: tuple[int, ...]) -> Heads:
-    """Return what each carry reads at steps ``start + j``, ``j < distance``, of each chunk."""
+    """Return what each carry reads at steps ``start + j``, ``j < distance``, for each start."""
     return tuple(
         carry.at(states, [start + inner for start in starts])
         for carry in system.carries
@@ -183,82 +213,88 @@ def heads_of(system: System, states: States, starts: tuple[int, ...]) -> Heads:
     )
 
 
-def run_chunks(system: System, chunks: Chunks) -> tuple[States, States]:
-    """Run all active chunks from their heads.
-
-    Returns:
-        The state's components and the other outputs that are results, each ``(chunks, length, *shape)``, of the
-        samples still iterated.
-    """
+def run_chunks(system: System, chunks: Chunks) -> Swept:
+    """Run all active rows from their heads."""
     outputs = (*system.components, *system.others)
     # Rows first where a step has them: what comes out is then in the order of the trajectory.
     dim = 0 if chunks.lanes[0].layout.strategy is Strategy.SINGLE else 1
+    heads: list[Heads] = [()] * len(chunks.lanes)
+    rooms: list[torch.Tensor] = []
+    begin = chunks.starts[chunks.first]
+    if chunks.warm_up or len(chunks.lanes) > 1:
+        samples = None if chunks.samples is None else len(chunks.samples)
+        rooms = [_room(system.body.output_specs[o], system.steps - begin, samples) for o in outputs]
 
-    def run(lane: Lane) -> list[torch.Tensor]:
+    def run(place: int) -> list[torch.Tensor]:
+        lane = chunks.lanes[place]
         packed = _packed(chunks, lane)
         steps = scripted_steps(lane.inner, dim=dim) if lane.inner is not None else None
         if steps is None:
-            found = _in_python(system, chunks.length, lane, packed)
-            return [lane.layout.unpack(value, leading=1).transpose(0, 1) for value in found]
-        return [_by_chunk(lane.layout, value) for value in steps(packed)]
-
-    if len(chunks.lanes) == 1:
-        values = run(chunks.lanes[0])
-    else:
-        rows, specs = len(chunks.heads[0]), [system.body.output_specs[o] for o in outputs]
-        samples = None if chunks.samples is None else len(chunks.samples)
-        values = [_room(spec, (rows, chunks.length), samples) for spec in specs]
-
-        def fill(lane: Lane) -> None:
-            for whole, value in zip(values, run(lane), strict=True):
-                whole[lane.rows.start : lane.rows.stop] = value
-
-        _each_lane(chunks, dim, fill)
-    count = len(system.components)
-    return tuple(values[:count]), tuple(values[count:])
-
-
-def _room(spec: Any, leading: tuple[int, ...], samples: int | None) -> torch.Tensor:
-    shape = spec.shape if samples is None else (samples, *spec.shape[1:])
-    return torch.empty((*leading, *shape), dtype=spec.dtype, device=spec.device)
-
-
-def ends_of(system: System, chunks: Chunks) -> States:
-    """Run all active chunks, prepared with a ``tail``, and return the state's components at these last steps.
-
-    Each is ``(chunks, tail, *shape)``.
-    """
-    tail = chunks.tail
-    assert tail is not None, "prepared with a tail"
-
-    def run(lane: Lane) -> list[torch.Tensor]:
-        packed = _packed(chunks, lane)
-        steps = scripted_steps(lane.inner) if lane.inner is not None else None
-        if steps is None:
-            every = _in_python(system, chunks.length, lane, packed)[: len(system.components)]
-            last = [value[-tail:].unbind(0) for value in every]
+            found = _in_python(system, chunks.steps, lane, packed)
+            values = [lane.layout.unpack(value, leading=1).transpose(0, 1) for value in found]
         else:
-            found = list(steps(packed))
-            last = [tuple(found[i : i + tail]) for i in range(0, len(found), tail)]
-        return [torch.stack([lane.layout.unpack(v) for v in values], 1) for values in last]
+            values = [_by_chunk(lane.layout, value) for value in steps(packed)]
+        heads[place] = _used(system, chunks, lane, values)
+        if not rooms:
+            return [value.flatten(0, 1) for value in values]
+        for room, value in zip(rooms, values, strict=True):
+            _place(room, value, chunks, lane.rows)
+        return rooms
 
-    parts = _each_lane(chunks, 0, run)
-    return tuple(parts[0]) if len(parts) == 1 else tuple(torch.cat(values) for values in zip(*parts, strict=True))
+    values = _each_lane(chunks, dim, [partial(run, place) for place in range(len(chunks.lanes))])[0]
+    count = len(system.components)
+    whole = heads[0] if len(heads) == 1 else tuple(torch.cat(column) for column in zip(*heads, strict=True))
+    return Swept(tuple(values[:count]), tuple(values[count:]), whole)
 
 
-def _each_lane(chunks: Chunks, dim: int, run: Callable[[Lane], _T]) -> list[_T]:
-    """Return what ``run`` gives for each lane, side by side where no lane holds Python's lock."""
+def _room(spec: Any, steps: int, samples: int | None) -> torch.Tensor:
+    shape = spec.shape if samples is None else (samples, *spec.shape[1:])
+    return torch.empty((steps, *shape), dtype=spec.dtype, device=spec.device)
+
+
+def _place(room: torch.Tensor, value: torch.Tensor, chunks: Chunks, rows: range) -> None:
+    """Write what some rows came to, (rows, steps, *shape), to the steps that are their chunks'."""
+    skipped, length = chunks.warm_up, chunks.length
+    first = 0
+    if rows.start == 0:  # its warm-up is no guess, but the loop's own first steps
+        room[: skipped + length] = value[0]
+        first = 1
+    begin, end = skipped + (rows.start + first) * length, skipped + rows.stop * length
+    room[begin:end].unflatten(0, (len(rows) - first, length)).copy_(value[first:, skipped:])
+
+
+def _used(system: System, chunks: Chunks, lane: Lane, values: list[torch.Tensor]) -> Heads:
+    """Return what the chunks of a lane read from before themselves; ``values`` are their rows', (rows, steps, *shape)."""
+    given = _some_heads(chunks, lane)
+    if not chunks.warm_up:
+        return given
+    used: list[torch.Tensor] = []
+    for carry in system.carries:
+        own = given[len(used) : len(used) + carry.depth]
+        for inner in range(carry.depth):
+            at = chunks.warm_up + inner - carry.distance
+            found = values[carry.component][:, at] if at >= 0 else own[chunks.warm_up + inner]
+            if lane.rows.start == 0:
+                found = torch.cat([own[inner][:1], found[1:]])
+            used.append(found)
+    return tuple(used)
+
+
+def _each_lane(chunks: Chunks, dim: int, calls: list[Callable[[], _T]]) -> list[_T]:
+    """Return what the lanes' calls give, side by side where none of them holds Python's lock."""
     scripts = [lane.inner is not None and scripted_steps(lane.inner, dim=dim) is not None for lane in chunks.lanes]
-    if all(scripts):
-        return run_lanes([partial(run, lane) for lane in chunks.lanes])
-    return [run(lane) for lane in chunks.lanes]
+    return run_lanes(calls) if all(scripts) else [call() for call in calls]
+
+
+def _some_heads(chunks: Chunks, lane: Lane) -> Heads:
+    some = chunks.samples
+    heads = [head[lane.rows.start : lane.rows.stop] for head in chunks.heads]
+    return tuple(heads if some is None else [head.index_select(1, some) for head in heads])
 
 
 def _packed(chunks: Chunks, lane: Lane) -> list[torch.Tensor]:
-    """Return the operands of the lane's inner loop: its columns that are tensors, and the heads of its chunks."""
-    some = chunks.samples
-    heads = [head[lane.rows.start : lane.rows.stop] for head in chunks.heads]
-    heads = heads if some is None else [head.index_select(1, some) for head in heads]
+    """Return the operands of the lane's inner loop: its columns that are tensors, and the heads of its rows."""
+    heads = _some_heads(chunks, lane)
     return [*(c for c in lane.columns if isinstance(c, torch.Tensor)), *map(lane.layout.pack, heads)]
 
 
@@ -269,9 +305,7 @@ def _by_chunk(layout: Layout, value: torch.Tensor) -> torch.Tensor:
     return layout.unpack(value).transpose(1, 2) if layout.strategy is Strategy.FOLD else value
 
 
-def _inner(
-    system: System, layout: Layout, graph: fx.GraphModule, columns: list[Any], length: int, tail: int | None
-) -> Loop:
+def _inner(system: System, layout: Layout, graph: fx.GraphModule, columns: list[Any], length: int) -> Loop:
     """The inner steps as a loop: operands are the columns that are tensors, then the packed heads."""
     operands = {i: at for at, i in enumerate(i for i, c in enumerate(columns) if isinstance(c, torch.Tensor))}
     head_at: dict[int, int] = {}
@@ -291,10 +325,8 @@ def _inner(
             bindings.append(Scanned(operands[index], 0, range(length)))
         elif layout.strategy is not Strategy.VMAP:  # traced under vmap, it is a constant of the graph
             bindings.append(Literal(tuple(column)))
-    results: list[Any] = [Stacked(output) for output in (*system.components, *system.others)]
-    if tail is not None:
-        results = [Step(output, step) for output in system.components for step in range(length - tail, length)]
-    return layout.loop(graph, length, tuple(bindings), tuple(results))
+    results = tuple(Stacked(output) for output in (*system.components, *system.others))
+    return layout.loop(graph, length, tuple(bindings), results)
 
 
 def _in_python(system: System, length: int, lane: Lane, operands: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -28,7 +28,7 @@ def memory_length(system: System, contract: Contract, limit: int = LONGEST_MEMOR
     """
     limit = min(limit, system.steps)
     starts = tuple(sorted({round(i * (system.steps - limit) / 3) for i in range(4)}))
-    chunks = prepared(system, system.base(), starts, limit, 0)
+    chunks = prepared(system, system.base(), starts, limit)
     generator = torch.Generator().manual_seed(0)  # a private one: the caller's random state stays as it is
     heads = tuple(
         head + torch.randn(head.shape, generator=generator).to(head) if head.is_floating_point() else head
@@ -36,8 +36,9 @@ def memory_length(system: System, contract: Contract, limit: int = LONGEST_MEMOR
     )
     runs: list[States] = []
     for moved in (chunks, with_heads(chunks, heads)):
-        # (stretches, limit, *shape) -> (limit, stretches, *shape): tolerances are those of single steps.
-        runs.append(tuple(value.transpose(0, 1) for value in run_chunks(system, moved)[0]))
+        # (stretches * limit, *shape) -> (limit, stretches, *shape): tolerances are those of single steps.
+        shape = (len(starts), limit)
+        runs.append(tuple(value.unflatten(0, shape).transpose(0, 1) for value in run_chunks(system, moved).states))
     far = (compared(runs[0], runs[1], contract).units > 1.0).nonzero()
     length = int(far[-1]) + 2 if far.numel() else 1
     return length if length <= limit else None

@@ -167,21 +167,23 @@ def test_openmp_is_told_to_let_go_of_the_cores() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [gru, lstm, autoregressive])
-@pytest.mark.parametrize("starts", [tuple(range(0, 96, 8)), (*range(0, 88, 8), 83)], ids=["even", "uneven"])
+@pytest.mark.parametrize("warm_up", [0, 1, 5, 16])
 @pytest.mark.parametrize("samples", [None, (0, 2)], ids=["all samples", "some"])
 def test_chunks_by_lanes_are_those_of_one(
-    make: Callable[..., Recurrence], starts: tuple[int, ...], samples: tuple[int, ...] | None
+    make: Callable[..., Recurrence], warm_up: int, samples: tuple[int, ...] | None
 ) -> None:
-    recurrence = make(96, 3, 4, dtype=torch.float64)
+    recurrence = make(96 + warm_up, 3, 4, dtype=torch.float64)
+    starts = (0, *range(8 + warm_up, 96 + warm_up, 8))
     system = System(recurrence.loop, recurrence.operands)
     if samples is not None and make is autoregressive:
         pytest.skip("its rows do not fold into a batch")
     some = None if samples is None else torch.tensor(samples)
     with cores(2):
-        by_two = prepared(system, system.base(), starts, 8, 0, some, cores=2)
-        by_one = prepared(system, system.base(), starts, 8, 0, some)
+        by_two = prepared(system, system.base(), starts, 8, warm_up=warm_up, samples=some, cores=2)
+        by_one = prepared(system, system.base(), starts, 8, warm_up=warm_up, samples=some)
         assert (len(by_two.lanes), len(by_one.lanes)) == (2, 1)
-        found = run_chunks(system, by_two)[0], run_chunks(system, by_one)[0]
+        swept = [run_chunks(system, chunks) for chunks in (by_two, by_one)]
+    found = [(*each.states, *each.others, *each.heads) for each in swept]
     for two, one in zip(*found, strict=True):
         torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-13)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -82,12 +83,12 @@ def test_a_wrong_trajectory_is_never_certified(where: int, monkeypatch: pytest.M
     real, calls = run_chunks, []
 
     def planted(system: System, chunks: object) -> object:
-        states, others = real(system, chunks)  # type: ignore[arg-type]
+        swept = real(system, chunks)  # type: ignore[arg-type]
         calls.append(0)
         if len(calls) == 1:
-            states = tuple(s.clone() for s in states)
-            states[0][where // 10, where % 10] += 0.5
-        return states, others
+            swept = replace(swept, states=tuple(s.clone() for s in swept.states))
+            swept.states[0][where] += 0.5
+        return swept
 
     monkeypatch.setattr("fxjacobi.methods.chunked.run_chunks", planted)
     found, _ = solve(recurrence.loop, recurrence.operands, Chunked(10), Contract(rtol=1e-5))
@@ -100,14 +101,14 @@ def test_inner_steps_are_one_call(make: Callable[..., Recurrence], monkeypatch: 
     """The inner steps are scripted, and keep the bits that they have in Python."""
     recurrence = make(24, 2, 3)
     system = System(recurrence.loop, recurrence.operands)
-    chunks = prepared(system, system.base(), (0, 8, 16), 8, 0)
+    chunks = prepared(system, system.base(), (0, 8, 16), 8)
     (lane,) = chunks.lanes
     assert lane.inner is not None
     assert scripted_steps(lane.inner) is not None
     scripted = run_chunks(system, chunks)
     monkeypatch.setattr("fxjacobi.methods.chunks.scripted_steps", lambda _, dim: None)
     in_python = run_chunks(system, chunks)
-    for a, b in zip((*scripted[0], *scripted[1]), (*in_python[0], *in_python[1]), strict=True):
+    for a, b in zip((*scripted.states, *scripted.others), (*in_python.states, *in_python.others), strict=True):
         assert torch.equal(a, b)
 
 
