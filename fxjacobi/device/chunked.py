@@ -141,7 +141,7 @@ class _ChunkedSession(SolveSession):
         self.length, self.count = length, -(-total // length)
         self.starts = tuple(min(c * length, total - length) for c in range(self.count))
         self.rows = _Rows(self.system, self.starts, length)
-        warm = max(self.system.reach, min(form.warm_up, self.starts[1])) if form.warm_up else 0
+        warm = max(self.system.reach, min(form.warm_up, total)) if form.warm_up else 0
         self.warm = _Rows(self.system, [max(0, s - warm) for s in self.starts[1:]], warm) if warm else None
         self.lag = 1
         self.warm_heads: list[torch.Tensor] = []

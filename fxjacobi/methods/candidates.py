@@ -58,13 +58,7 @@ def candidates(
     if system is not None and contract is not None:
         with torch.no_grad():
             length = _memory(system, contract)
-        # One sweep where the warm-up is as long as the memory; longer chunks do less twice, shorter ones make fewer calls.
-        # An eighth more, because the memory was measured on a few stretches and every chunk must have forgotten.
-        warm = 0 if length is None else length + length // 8 + 1
-        # Once with half as much again: one chunk that forgets later than all stretches did costs a second sweep.
-        sizes = [] if length is None else [(3, warm), (4, warm), (6, 3 * warm // 2), (6, warm), (12, warm)]
-        sized_evenly = [(_even(c * warm // 3, w, loop.trip_count), w) for c, w in sizes]
-        found = [Chunked(c, w) for c, w in dict.fromkeys(sized_evenly) if 2 * c <= loop.trip_count]
+        found = [] if length is None else _warmed(length, loop.trip_count)
         if not found:
             found = [sized(Chunked, loop, length)]
         windows = [] if length is None else [w for w in (2 * length,) if w < loop.trip_count]
@@ -82,7 +76,7 @@ def candidates(
 
 def _memory(system: System, contract: Contract) -> int | None:
     """Return the memory's length, looked for among longer stretches where the loop has room for them."""
-    limit, most = LONGEST_MEMORY, max(LONGEST_MEMORY, min(_MOST_MEMORY, system.steps // 4))
+    limit, most = LONGEST_MEMORY, max(LONGEST_MEMORY, min(_MOST_MEMORY, system.steps // 2))
     while limit <= most:
         length = memory_length(system, contract, limit)
         if length is not None:
@@ -91,13 +85,20 @@ def _memory(system: System, contract: Contract) -> int | None:
     return None
 
 
-def _even(wanted: int, least: int, steps: int) -> int:
-    """Return a chunk of about ``wanted`` steps, ``least`` or more, that divides ``steps`` where there is one.
+def _warmed(length: int, steps: int) -> list[Method]:
+    """Return chunks with a warm-up for a recurrence that forgets in ``length`` steps, the likeliest first.
 
-    The inputs of chunks that start evenly apart are a view, and no copy (:func:`fxjacobi.methods.chunks.prepared`).
+    One sweep is enough where the warm-up is as long as the memory. Longer chunks run fewer steps twice, shorter ones make
+    fewer calls: the longer the memory, the more of all calls are the warm-up's, whatever the chunks.
     """
-    near = [c for c in range(max(least, wanted * 9 // 10), wanted * 4 // 3 + 1) if steps % c == 0]
-    return min(near, key=lambda c: abs(c - wanted), default=wanted)
+    # An eighth more, because the memory was measured on a few stretches and every chunk must have forgotten.
+    warm = length + length // 8 + 1
+    more = 3 * warm // 2  # one chunk that forgets later than all stretches did costs a second sweep
+    if steps >= 16 * warm:
+        sizes = [(warm, warm), (4 * warm // 3, warm), (2 * warm, more), (2 * warm, warm), (4 * warm, warm)]
+    else:
+        sizes = [(warm // 2, warm), (warm, warm), (warm // 2, more), (warm // 4, warm), (2 * warm, warm)]
+    return [Chunked(chunk, w) for chunk, w in sizes if chunk and w + 2 * chunk <= steps]
 
 
 def sized(kind: type[Method], loop: Loop, length: int | None) -> Method:

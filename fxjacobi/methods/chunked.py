@@ -49,7 +49,7 @@ class Chunked(Method):
     :mod:`fxjacobi.lanes`): for large steps; under a millisecond of them, starting the lanes takes what they save.
 
     Raises:
-        ValueError: The chunk or the lanes are not positive, or the warm-up is negative or longer than a chunk.
+        ValueError: The chunk or the lanes are not positive, or the warm-up is negative.
     """
 
     keeps_bits: ClassVar[bool] = True
@@ -61,8 +61,8 @@ class Chunked(Method):
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise ValueError(f"a chunk holds at least 1 step, not {self.chunk}")
-        if not 0 <= self.warm_up <= self.chunk:
-            raise ValueError(f"a warm-up takes 0 to {self.chunk} steps, the chunk's, not {self.warm_up}")
+        if self.warm_up < 0:
+            raise ValueError(f"a warm-up takes no steps or more, not {self.warm_up}")
         if self.lanes < 1:
             raise ValueError(f"at least 1 core runs the chunks, not {self.lanes}")
 

@@ -66,7 +66,7 @@ def both(loop: Loop, operands: list[torch.Tensor], method: Any, contract: Contra
     return block, wanted, record, found, double, reads
 
 
-@pytest.mark.parametrize("steps", [64, 100, 131])
+@pytest.mark.parametrize("steps", [64, 96, 100, 131])
 @pytest.mark.parametrize("warm_up", [0, 12])
 @pytest.mark.parametrize("far", [1, 3])
 def test_results_are_within_the_tolerance_and_certified(steps: int, warm_up: int, far: int) -> None:
@@ -77,7 +77,7 @@ def test_results_are_within_the_tolerance_and_certified(steps: int, warm_up: int
     assert double.captures == 3, block.reason
     assert not reads
     assert block.last.certificate is Certificate.RESIDUAL
-    if steps % 16 == 0 or not warm_up:  # where the last chunks overlap, warm-ups may differ
+    if steps % 16 == 0 and not warm_up:  # uncaptured, other chunks are made even and have their warm-up in their rows
         assert block.last.sweeps == record.sweeps
         assert block.last.prefixes == record.prefixes
     for value, wanted in zip(found, loop(*operands), strict=True):

@@ -30,10 +30,10 @@ TIGHT = Contract(rtol=1e-12, atol=1e-13)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(sorted(MAKERS)), st.integers(1, 45), st.integers(1, 3), st.integers(1, 20), st.integers(0, 20))
+@given(st.sampled_from(sorted(MAKERS)), st.integers(1, 45), st.integers(1, 3), st.integers(1, 20), st.integers(0, 50))
 def test_any_length_chunk_and_warm_up(kind: str, steps: int, batch: int, chunk: int, warm_up: int) -> None:
     recurrence = MAKERS[kind](steps, batch, 3, dtype=torch.float64)
-    found, solution = solve(recurrence.loop, recurrence.operands, Chunked(chunk, min(warm_up, chunk)), TIGHT)
+    found, solution = solve(recurrence.loop, recurrence.operands, Chunked(chunk, warm_up), TIGHT)
     for a, b in zip(found, recurrence.reference(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
     assert solution.certificate in (Certificate.RESIDUAL, Certificate.FELL_BACK, Certificate.SEQUENTIAL)
@@ -55,10 +55,9 @@ def test_a_chunk_is_positive(chunk: int) -> None:
         Chunked(chunk)
 
 
-@pytest.mark.parametrize("warm_up", [-1, 5])
-def test_a_warm_up_is_no_longer_than_a_chunk(warm_up: int) -> None:
+def test_a_warm_up_is_not_negative() -> None:
     with pytest.raises(ValueError, match="warm-up"):
-        Chunked(4, warm_up)
+        Chunked(4, -1)
 
 
 @pytest.mark.parametrize("steps", [40, 43, 47])
