@@ -59,6 +59,11 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     gradients = torch.is_grad_enabled() and _requires_grad(tensors, watch)
     kind = GuardedRecorder if "torch._dynamo" in sys.modules else Recorder
     recorder = kind(graph, _Attacher(root), watch.tensors, gradients, root, record.__code__)
+    recorder.sites.found = watch.add_code  # now, not after the run: it may change what its code reads
+    if watch.overflowed:
+        recorder.failure = CaptureError(
+            "the model reaches too many Python values to watch", remedy="keep large tables in tensors"
+        )
     placeholders = []
     for position, tensor in enumerate(tensors):
         with graph.inserting_before(recorder.memory.front):
@@ -82,6 +87,7 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     try:
         recorder.raise_failure()
         _check_generators(python_random, numpy_random)
+        _check_arguments(skeleton, tensors, args, kwargs)
         finished = _Finish(recorder, watch, tensors, placeholders, outliner, root)
         return Recorded(result, finished.capture(skeleton, saved_inputs, result, elapsed), None)
     except CaptureError as error:
@@ -108,6 +114,16 @@ class _Attacher:
         else:
             setattr(self._root, unique, value)
         return unique
+
+
+def _check_arguments(
+    skeleton: Skeleton, tensors: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    after, found = split((args, kwargs))
+    if after != skeleton or len(found) != len(tensors) or any(a is not b for a, b in zip(found, tensors, strict=True)):
+        raise StateChangedError(
+            "the run changed a list, a dictionary or an object that it was passed", remedy="return what it makes"
+        )
 
 
 def _arrays(skeleton: Skeleton) -> bool:
@@ -190,7 +206,9 @@ class _Finish:
     def capture(self, skeleton: Skeleton, specs: Any, result: Any, elapsed: float) -> Capture:
         recorder, graph = self.recorder, self.recorder.memory.graph
         self._check_inputs(specs)
-        self._widen_watch()
+        iterator = self.watch.used_up()
+        if iterator is not None:
+            raise CaptureError(f"{iterator} is an iterator, which a call uses up", remedy="pass its next value")
         opaque: list[Any] = []
         outputs, tensors = split(result, opaque=opaque.append)
         for item in opaque:
@@ -214,6 +232,7 @@ class _Finish:
         self.outliner.finish(self.root)
         graph.erase_node(recorder.memory.front)
         module = make_module(self.root, graph)
+        self.watch.narrow([*module.parameters(), *module.buffers()], gradients=recorder.gradients)
         return Capture(
             graph_module=module,
             inputs=skeleton,
@@ -241,11 +260,6 @@ class _Finish:
                 f"the run replaced the memory or the gradient of {', '.join(replaced[:3])}",
                 remedy="write to it in place, and call backward() outside the compiled function",
             )
-
-    def _widen_watch(self) -> None:
-        """Globals read by code that only the run showed: their present values are what the graph holds."""
-        for code, namespace in self.recorder.sites.namespaces.items():
-            self.watch.add_code(code, namespace)
 
     def _share_memory(self, tensors: list[torch.Tensor]) -> None:
         """Let results that share new memory be views of one base, as the caller may write to one of them."""

@@ -1,16 +1,13 @@
 """What a recorded run read from Python: the values a specialisation is valid for.
 
-A graph holds what the model's attributes, the globals and the closures *were*. A :class:`Watch` remembers them and
-says, in well under a microsecond an entry, whether they still are. Tensors are compared by identity: their contents
-are read live, only rebinding one (``model.weight = other``) invalidates a specialisation.
+A graph holds what the model's attributes, the globals, the closures, classes and modules *were*. A :class:`Watch`
+remembers them (:mod:`fxjacobi.reachable` says which) and says, in well under a microsecond a place, whether they still
+are. Tensors are compared by identity: their contents are read live, only rebinding one (``model.weight = other``), or
+giving it another shape or dtype, invalidates a specialisation.
 """
 
 from __future__ import annotations
 
-import dis
-import functools
-import re
-import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,28 +16,22 @@ from torch import nn
 
 from fxjacobi.aliasing import storage_key
 from fxjacobi.graph import TensorSpec, spec_of_value
+from fxjacobi.placement import rounding_phase
+from fxjacobi.reachable import MISSING, Code, Held, Place, Wrapper, held_by, is_dynamic
 from fxjacobi.trees import PRIMITIVES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import types
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 __all__ = ["MISSING", "Change", "Watch", "Wrapper"]
 
-_LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "typing", "collections", "fxjacobi")
-_MODULE_INTERNALS = frozenset(
-    {
-        "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
-        "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
-        "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-    }
-)  # fmt: skip
-_INSIDE = re.compile(r"\._(parameters|buffers|modules)\.")
-_MAX_ENTRIES = 200_000
+_MOST_PLACES = 200_000
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """An entry that no longer holds what it held: ``container[key]`` was ``before`` and is ``after``."""
+    """A place that no longer holds what it held: ``container[key]`` was ``before`` and is ``after``."""
 
     name: str
     container: Any
@@ -49,50 +40,64 @@ class Change:
     after: Any
 
 
-class Wrapper:
-    """A callable that keeps books about its calls: a run depends on what it wraps, not on its books.
-
-    It may well be reached by the run that it wraps, as in ``self.fast = fxjacobi.compile(self.loop)``.
-    """
-
-    def wrapped(self) -> Any:
-        """What a recorded run calls in its place."""
-        raise NotImplementedError
-
-
 class Watch:
-    """Walks everything reachable from some roots once; see the module's docstring.
+    """Walks what is reachable from some roots once; see the module's docstring.
+
+    Until :meth:`narrow` everything counts. From then on an attribute counts if its name is mentioned in code that the
+    run reached: what a trainer keeps about its epochs is not the model's.
 
     Attributes:
         tensors: Storage key -> (qualified name, tensor) of every tensor reached.
         modules: The ``nn.Module`` instances reached.
+        overflowed: Whether there was more than is watched.
     """
 
     def __init__(self) -> None:
         self.tensors: dict[int, tuple[str, torch.Tensor]] = {}
         self.modules: list[nn.Module] = []
-        self._entries: list[tuple[Any, Any, Any, bool]] = []
-        self._names: list[str] = []
-        self._lengths: list[tuple[Any, int]] = []
-        self._keys: list[tuple[dict[Any, Any], frozenset[Any], str]] = []
+        self.overflowed = False
+        self._held: dict[int, tuple[Held, str]] = {}
+        self._roots: list[int] = []
+        self._names: set[str] = set()
+        self._closed: list[tuple[Any, str, str, bool]] = []
+        self._count = 0
         self._specs: list[tuple[Any, Any, TensorSpec]] = []
+        self._relaxed: set[tuple[int, Hashable]] = set()
+        self._exact: list[Place] = []
         self._storages: list[tuple[torch.Tensor, int]] = []
         self._grads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._used: list[tuple[torch.Tensor, tuple[Any, ...]]] = []
         self._seen: dict[int, Any] = {}
+        self._codes: dict[tuple[types.CodeType, int], Code] = {}
+        self._checks: _Checks | None = None
+        self._narrowed = self._gradients = False
 
     # -- walking --------------------------------------------------------------------------------------------------
 
     def add(self, root: Any, name: str) -> None:
         """Walk everything reachable from ``root``."""
+        self._checks = None
+        if not isinstance(root, PRIMITIVES):
+            self._roots.append(id(root))
         stack = [(root, name)]
-        while stack and len(self._entries) < _MAX_ENTRIES:
+        while stack:
             value, path = stack.pop()
-            if isinstance(value, PRIMITIVES) or id(value) in self._seen:
-                continue
-            self._seen[id(value)] = value  # keeping it alive keeps its id its own
-            stack.extend(self._children(value, path))
+            if not isinstance(value, PRIMITIVES) and id(value) not in self._seen:
+                if self._count > _MOST_PLACES:
+                    self.overflowed = True
+                    return
+                self._seen[id(value)] = value  # keeping it alive keeps its id its own
+                stack.extend(self._visit(value, path))
+            if not stack:
+                stack = self._opened()
 
-    def _children(self, value: Any, path: str) -> list[tuple[Any, str]]:
+    def add_code(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
+        """Watch the globals that ``code`` reads."""
+        key = (code, id(namespace))
+        if key not in self._codes:
+            self.add(self._codes.setdefault(key, Code(code, namespace)), "")
+
+    def _visit(self, value: Any, path: str) -> Iterator[tuple[Any, str]]:
         if isinstance(value, torch.Tensor):
             if value.layout is torch.strided:
                 key = storage_key(value)
@@ -100,145 +105,79 @@ class Watch:
                 self._storages.append((value, key))
                 if value.is_leaf:
                     self._grads.append((value, value.grad))
-            return []
-        if isinstance(value, Wrapper):
-            return [(value.wrapped(), path)]
-        if isinstance(value, nn.Module):
-            self.modules.append(value)
-            fields = {k: v for k, v in value.__dict__.items() if k not in _MODULE_INTERNALS}
-            self._keys.append((value.__dict__, frozenset(value.__dict__), path))
-            children = self._mapping(value.__dict__, fields, path)
-            if not type(value).__module__.startswith("torch."):
-                children += self._class_functions(type(value), path)
-            return children
-        if isinstance(value, dict):
-            self._keys.append((value, frozenset(value), path))
-            return self._mapping(value, value, path)
-        if isinstance(value, list):
-            self._lengths.append((value, len(value)))
-            return self._mapping(value, dict(enumerate(value)), path)
-        if isinstance(value, (tuple, set, frozenset)):
-            return [(item, f"{path}.{i}") for i, item in enumerate(value)]
-        if isinstance(value, types.MethodType):
-            return [(value.__self__, path), (value.__func__, path)]
-        if isinstance(value, functools.partial):
-            return [(value.func, path), (value.args, path), (value.keywords, path)]
-        if isinstance(value, types.FunctionType):
-            return self._function(value, path)
-        if isinstance(value, types.CellType):
-            return []
-        return self._object(value, path)
-
-    def _object(self, value: Any, path: str) -> list[tuple[Any, str]]:
-        if isinstance(value, (type, types.ModuleType)):
-            return []
-        fields: Any = getattr(value, "__dict__", None)
-        if isinstance(fields, dict) and not type(value).__module__.startswith("torch._"):
-            self._keys.append((fields, frozenset(fields), path))
-            children = self._mapping(fields, dict(fields), path)
-            if type(value).__module__.partition(".")[0] not in _LIBRARIES:
-                children += self._class_functions(type(value), path)
-            return children
-        return []
-
-    def _mapping(self, container: Any, fields: Mapping[Any, Any], path: str) -> list[tuple[Any, str]]:
-        children = []
-        for key, item in fields.items():
-            primitive = isinstance(item, PRIMITIVES)
-            self._entries.append((container, key, item, primitive))
-            name = path if isinstance(container, _Cell) else f"{path}.{key}"
-            self._names.append(name)
-            if not primitive:
-                children.append((item, _INSIDE.sub(".", name)))
-        return children
-
-    def _function(self, function: types.FunctionType, path: str) -> list[tuple[Any, str]]:
-        if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
-            return []
-        children: list[tuple[Any, str]] = [(function.__defaults__, path), (function.__kwdefaults__, path)]
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                item = cell.cell_contents
-            except ValueError:  # a cell that is filled later, as in a recursive definition
-                continue
-            children += self._mapping(_Cell(cell), {0: item}, f"{path}.{name}" if path else name)
-        self.add_code(function.__code__, function.__globals__, children)
-        return children
-
-    def add_code(
-        self, code: types.CodeType, namespace: dict[str, Any], children: list[tuple[Any, str]] | None = None
-    ) -> None:
-        """Watch the globals that ``code`` reads."""
-        mark = (id(code), id(namespace))
-        if hash(mark) in self._seen:
             return
-        self._seen[hash(mark)] = code
-        found: list[tuple[Any, str]] = []
-        codes = [code]
-        while codes:
-            each = codes.pop()
-            codes += [c for c in each.co_consts if isinstance(c, types.CodeType)]
-            fields = {n: namespace[n] for n in _globals_read(each) if n in namespace}
-            fields = {
-                n: v for n, v in fields.items()
-                if not isinstance(v, (types.ModuleType, type, types.BuiltinFunctionType)) and not n.startswith("__")
-            }  # fmt: skip
-            found += self._mapping(namespace, fields, "")
-        found = [(item, name.removeprefix(".")) for item, name in found]
-        if children is not None:
-            children += found
-        else:
-            for item, name in found:
-                self.add(item, name)
+        if isinstance(value, nn.Module) and not isinstance(value, Wrapper):
+            self.modules.append(value)
+        held = held_by(value, path)
+        held.links = [(self._one(item), name, gate) for item, name, gate in held.links]
+        self._held[id(value)] = held, path
+        self._count += len(held.places)
+        self._names |= held.names
+        for item, name, gate in held.links:
+            if held.lazy and gate is not None and not self._open(gate, lazy=True):
+                self._closed.append((item, name, gate, held.lazy))
+            else:
+                yield item, name
 
-    def _class_functions(self, kind: type, path: str) -> list[tuple[Any, str]]:
-        children: list[tuple[Any, str]] = []
-        for base in kind.__mro__:
-            if base.__module__.partition(".")[0] in _LIBRARIES:
-                continue
-            for item in vars(base).values():
-                function = item.__func__ if isinstance(item, (staticmethod, classmethod)) else item
-                function = function.fget if isinstance(function, property) else function
-                if isinstance(function, types.FunctionType):
-                    children.append((function, path))
-        return children
+    def _one(self, item: Any) -> Any:
+        """Return the one object that stands for ``item``: functions of the same code share it."""
+        return self._codes.setdefault((item.code, id(item.namespace)), item) if isinstance(item, Code) else item
+
+    def _open(self, gate: str | None, *, lazy: bool) -> bool:
+        return gate is None or gate in self._names or (not lazy and is_dynamic(self._names))
+
+    def _opened(self) -> list[tuple[Any, str]]:
+        """Return where the walk goes on because code reached since mentions the names."""
+        found = [(item, name) for item, name, gate, lazy in self._closed if self._open(gate, lazy=lazy)]
+        if found:
+            self._closed = [each for each in self._closed if not self._open(each[2], lazy=each[3])]
+        return found
 
     # -- checking -------------------------------------------------------------------------------------------------
 
+    def narrow(self, used: Iterable[torch.Tensor], *, gradients: bool) -> None:
+        """Watch from now on what the run can have read alone, and how the tensors that it ``used`` look."""
+        self._narrowed, self._checks = True, None
+        self._used = [(t, _look(t, gradients)) for t in used if t.layout is torch.strided]
+        self._gradients = gradients
+
     def holds(self) -> bool:
-        """Whether every entry still is what it was."""
-        for container, key, expected, primitive in self._entries:
+        """Whether every place still holds what it held."""
+        checks = self._checks
+        if checks is None:
+            checks = self._checks = self._collected()
+        if not checks.hold():
+            return False
+        for container, key, spec in self._specs:
             try:
                 value = container[key]
             except (KeyError, IndexError):
                 return False
-            if value is not expected and not (primitive and type(value) is type(expected) and value == expected):
+            if spec_of_value(value) != spec:
                 return False
-        for container, length in self._lengths:
-            if len(container) != length:
-                return False
-        for mapping, keys, _ in self._keys:
-            if len(mapping) != len(keys):
-                return False
-        for container, key, spec in self._specs:
-            if key not in container or spec_of_value(container[key]) != spec:
-                return False
-        return True
+        return all(_look(tensor, self._gradients) == look for tensor, look in self._used)
 
     def changes(self) -> list[Change]:
-        """Every entry that no longer holds, and every key that is new in a watched dictionary or module."""
-        found = []
-        for (container, key, expected, primitive), name in zip(self._entries, self._names, strict=True):
-            missing = key not in container if isinstance(container, dict) else False
-            value = MISSING if missing or (isinstance(container, list) and key >= len(container)) else container[key]
-            if value is not expected and not (primitive and type(value) is type(expected) and value == expected):
-                found.append(Change(name.removeprefix("."), container, key, expected, value))
-        for mapping, keys, path in self._keys:
-            found += [Change(f"{path}.{k}", mapping, k, MISSING, v) for k, v in mapping.items() if k not in keys]
-        for container, length in self._lengths:
-            if len(container) != length:
-                found.append(Change("the length of a list or dictionary", container, None, length, len(container)))
-        return found
+        """Every place that no longer holds what it held, and every key that is new in a watched dictionary or module."""
+        found: list[Change] = []
+        for value, (held, path) in self._known():
+            found += [_change(p) for p in self._places(held) if not _same(p, _now(p))]
+            if held.keys is not None:
+                mapping, keys, name = held.keys
+                found += [Change(f"{name}.{k}".removeprefix("."), mapping, k, MISSING, v)
+                          for k, v in mapping.items() if k not in keys]  # fmt: skip
+            if held.size:
+                length = sum(isinstance(p.key, int) for p in held.places)
+                if len(value) != length:
+                    found.append(Change(f"the length of {path or 'a list'}", None, None, length, len(value)))
+            for content in (held.content, held.settles):
+                if content is not None and content[0]() != content[1]:
+                    found.append(Change(path or f"a {type(value).__name__}", None, None, content[1], content[0]()))
+        return [change for change in found if (id(change.container), change.key) not in self._relaxed]
+
+    def used_up(self) -> str | None:
+        """Name an iterator that the run may have read from: nobody can see where it stands."""
+        return next((path or type(value).__name__ for value, (held, path) in self._reached() if held.used_up), None)
 
     def replaced_storages(self) -> list[str]:
         """Names of tensors whose memory was exchanged (``p.data = ...``) or that got another ``.grad``."""
@@ -248,17 +187,12 @@ class Watch:
 
     def relax(self, container: Any, key: Any, spec: TensorSpec | None, after: Any) -> None:
         """From now on ``container[key]`` is state: only its spec (``None``: being exactly ``after``) must hold."""
-        kept = [
-            (entry, name)
-            for entry, name in zip(self._entries, self._names, strict=True)
-            if not (entry[0] is container and entry[1] == key)
-        ]
-        self._entries, self._names = [e for e, _ in kept], [n for _, n in kept]
+        self._checks = None
+        self._relaxed.add((id(container), key))
         if spec is not None:
             self._specs.append((container, key, spec))
         else:
-            self._entries.append((container, key, after, True))
-            self._names.append(str(key))
+            self._exact.append(Place(container, key, after, True, str(key)))
 
     def knows(self, value: Any) -> bool:
         """Whether ``value`` itself was reached: it was there before the run."""
@@ -266,37 +200,103 @@ class Watch:
 
     def count(self, value: Any) -> int:
         """In how many watched places ``value`` itself stands."""
-        return sum(expected is value for _, _, expected, _ in self._entries)
+        return sum(p.item is value for _, (held, _) in self._known() for p in self._places(held))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(len(held.places) for held, _ in self._held.values())
+
+    def _known(self) -> Iterator[tuple[Any, tuple[Held, str]]]:
+        return ((self._seen[key], held) for key, held in list(self._held.items()))
+
+    def _places(self, held: Held) -> list[Place]:
+        """The places of a class or module that code mentions; all others' alike."""
+        return [p for p in held.places if self._open(p.gate, lazy=True)] if held.lazy else held.places
+
+    def _reached(self) -> list[tuple[Any, tuple[Held, str]]]:
+        """Return what is reachable by gates that are open."""
+        found: dict[int, tuple[Any, tuple[Held, str]]] = {}
+        stack = list(self._roots)
+        while stack:
+            key = stack.pop()
+            if key in found or key not in self._held:
+                continue
+            held = self._held[key]
+            found[key] = self._seen[key], held
+            stack += [id(item) for item, _, gate in held[0].links if self._open(gate, lazy=held[0].lazy)]
+        return list(found.values())
+
+    def _collected(self) -> _Checks:
+        checks = _Checks(frozenset(self._names) if self._narrowed and not is_dynamic(self._names) else None)
+        for value, (held, _) in self._reached() if self._narrowed else self._known():
+            gated = self._narrowed or held.lazy
+            places = [p for p in held.places if not gated or self._open(p.gate, lazy=held.lazy)]
+            checks.places += [
+                (p.container, p.key, p.item, p.primitive)
+                for p in places
+                if (id(p.container), p.key) not in self._relaxed
+            ]
+            if held.size:
+                checks.lengths.append((value, sum(isinstance(p.key, int) for p in held.places)))
+            if held.keys is not None:
+                checks.keys.append((held.keys[0], held.keys[1], held.gated))
+            if held.content is not None:
+                checks.contents.append(held.content)
+        checks.places += [(p.container, p.key, p.item, p.primitive) for p in self._exact]
+        return checks
 
 
-@functools.cache
-def _globals_read(code: types.CodeType) -> tuple[str, ...]:
-    """Names that ``code`` loads from its globals (``co_names`` holds those of attributes too)."""
-    loads = ("LOAD_GLOBAL", "LOAD_NAME")
-    return tuple({i.argval: None for i in dis.get_instructions(code) if i.opname in loads})
+class _Checks:
+    """What is looked at before each call, laid out for speed.
+
+    Args:
+        names: Those by which an attribute that is new may be read; ``None``: any.
+    """
+
+    def __init__(self, names: frozenset[str] | None) -> None:
+        self.names = names
+        self.places: list[tuple[Any, Any, Any, bool]] = []
+        self.lengths: list[tuple[Any, int]] = []
+        self.keys: list[tuple[Mapping[Any, Any], frozenset[Any], bool]] = []
+        self.contents: list[tuple[Any, Any]] = []
+
+    def hold(self) -> bool:
+        """Whether all are as they were."""
+        for container, key, expected, primitive in self.places:
+            try:
+                value = container[key]
+            except (KeyError, IndexError):
+                return False
+            if value is not expected and not (primitive and type(value) is type(expected) and value == expected):
+                return False
+        for container, length in self.lengths:
+            if len(container) != length:
+                return False
+        for mapping, keys, gated in self.keys:
+            if len(mapping) != len(keys) and not (gated and self.names is not None and self._unread(mapping, keys)):
+                return False
+        return all(read() == expected for read, expected in self.contents)
+
+    def _unread(self, mapping: Mapping[Any, Any], keys: frozenset[Any]) -> bool:
+        assert self.names is not None
+        return self.names.isdisjoint(mapping.keys() ^ keys)
 
 
-class _Missing:
-    def __repr__(self) -> str:
-        return "<missing>"
+def _look(tensor: torch.Tensor, gradients: bool) -> tuple[Any, ...]:
+    look = (tensor.dtype, tensor.shape, tensor.stride(), rounding_phase(tensor))
+    return (*look, tensor.requires_grad) if gradients else look
 
 
-MISSING = _Missing()
+def _now(place: Place) -> Any:
+    try:
+        return place.container[place.key]
+    except (KeyError, IndexError):
+        return MISSING
 
 
-class _Cell:
-    """A closure's cell, read like a container."""
+def _same(place: Place, value: Any) -> bool:
+    expected = place.item
+    return value is expected or (place.primitive and type(value) is type(expected) and value == expected)
 
-    __slots__ = ("cell",)
 
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
-
-    def __getitem__(self, key: int) -> Any:
-        try:
-            return self.cell.cell_contents
-        except ValueError:
-            return MISSING
+def _change(place: Place) -> Change:
+    return Change(place.name.removeprefix("."), place.container, place.key, place.item, _now(place))
