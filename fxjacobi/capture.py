@@ -89,9 +89,9 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         _check_generators(python_random, numpy_random)
         _check_arguments(skeleton, tensors, args, kwargs)
         finished = _Finish(recorder, watch, tensors, placeholders, outliner, root)
-        return Recorded(result, finished.capture(skeleton, saved_inputs, result, elapsed), None)
+        return Recorded(result, finished.capture(skeleton, saved_inputs, result, elapsed), None, watch)
     except CaptureError as error:
-        return Recorded(result, None, error)
+        return Recorded(result, None, error, watch)
 
 
 class _Attacher:
@@ -232,7 +232,7 @@ class _Finish:
         self.outliner.finish(self.root)
         graph.erase_node(recorder.memory.front)
         module = make_module(self.root, graph)
-        self.watch.narrow([*module.parameters(), *module.buffers()], gradients=recorder.gradients)
+        self.watch.narrow([*module.parameters(), *module.buffers()], gradients=torch.is_grad_enabled())
         return Capture(
             graph_module=module,
             inputs=skeleton,

@@ -113,8 +113,9 @@ class Capture:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What :func:`record` returns: the run's own result, and its capture or the reason why there is none."""
+    """What :func:`record` returns: the run's own result, its capture or the reason why there is none, and the watch."""
 
     result: Any
     capture: Capture | None
     failure: CaptureError | None
+    watch: Watch

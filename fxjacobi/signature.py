@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,15 +11,12 @@ from fxjacobi.arithmetic import arithmetic_state
 from fxjacobi.placement import rounding_phase
 from fxjacobi.trees import split
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable
-
 __all__ = ["signature"]
 
 _WITH_MEMORY = (torch.Tensor, torch.nn.Parameter)
 
 
-def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[torch.Tensor]]:
+def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
     """Return a hashable key of the call and its tensor arguments.
 
     Among what a graph depends on is where an argument starts in memory (:mod:`fxjacobi.placement`): the ordinary run's
@@ -39,8 +36,7 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, 
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_num_threads(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
+        tuple([torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")]),
         torch.get_default_dtype(),
         arithmetic_state(),
     )  # fmt: skip

@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 MAX_GUARD_FAILURES = 8
 """Failed guards after which a specialisation is given up, if at most as many calls have succeeded."""
 
+_LOOK_EVERY = 16
+
 
 @dataclass(frozen=True)
 class RandomState:
@@ -63,6 +65,8 @@ class Specialisation:
         graph_hash: The fingerprint of the rolled graph, under which a saved plan keeps its decision.
         methods: The method chosen for each recurrence, in order.
         provisional: The next call with this signature records again.
+        final: Nothing that changes in Python makes it invalid.
+        training: The modules that a recording which was refused reached, and whether they were training.
     """
 
     original: Callable[..., Any]
@@ -72,15 +76,27 @@ class Specialisation:
     stages: dict[str, fx.GraphModule] = field(default_factory=dict)
     failures: int = 0
     successes: int = 0
-    report: Report = field(default_factory=lambda: Report(False, "not called yet"))
+    report: Report = field(default_factory=lambda: Report(False, "this call ran the original, and was compiled"))
     guarded: bool = False
     graph_hash: str = ""
     methods: tuple[Method, ...] = ()
     provisional: bool = False
+    final: bool = False
+    training: tuple[tuple[torch.nn.Module, bool], ...] = ()
+    plain_calls: int = 0
 
     def valid(self) -> bool:
         """Whether the Python values that the graph was recorded with still stand."""
-        return self.module is None or self.capture is None or self.capture.watch.holds()
+        if self.final:
+            return True
+        if self.capture is None:  # what was refused may change its values at each call; in another mode it may do well
+            return all(module.training == was for module, was in self.training)
+        return self.capture.watch.holds()
+
+    def still_plain(self) -> bool:
+        """:meth:`valid`, looked at now and then: the original, which runs, is right in any case."""
+        self.plain_calls += 1
+        return self.plain_calls % _LOOK_EVERY != 0 or self.valid()
 
     def __call__(self, tensors: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what ``original(*args, **kwargs)`` would, and leave behind what it would leave."""

@@ -7,16 +7,23 @@ the ordinary run returns has to look inside the former and refuse the latter whe
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
+import uuid
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Constant", "Node", "Skeleton", "Tensor", "join", "split"]
+__all__ = ["Constant", "Node", "Skeleton", "Tensor", "join", "split", "without_values"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +35,20 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A leaf that is no tensor: a primitive compared by type and value, anything else by identity."""
+    """A leaf that is no tensor: values that cannot change are compared by type and value, anything else by identity."""
 
     value: Any
 
     def _key(self) -> tuple[Any, ...]:
+        if isinstance(self.value, slice):  # without a hash before Python 3.12
+            parts = (self.value.start, self.value.stop, self.value.step)
+            return (slice, tuple([Constant(part)._key() for part in parts]))
+        if isinstance(self.value, np.generic):
+            return (type(self.value), self.value.tobytes())
+        if isinstance(self.value, frozenset):
+            return (frozenset, frozenset([Constant(item)._key() for item in self.value]))
+        if isinstance(self.value, _VALUES):
+            return (type(self.value), self.value)
         if isinstance(self.value, PRIMITIVES):
             # repr tells 0.0 from -0.0 and lets NaN equal NaN, which == does not.
             return (type(self.value), repr(self.value) if isinstance(self.value, (float, complex)) else self.value)
@@ -62,6 +78,10 @@ PRIMITIVES = (
 )  # fmt: skip
 
 
+_VALUES = (Fraction, Decimal, PurePath, dt.date, dt.timedelta, uuid.UUID)
+"""Immutable values whose equality says all, within one type."""
+
+
 def split(value: Any, *, opaque: Callable[[Any], None] | None = None) -> tuple[Skeleton, list[torch.Tensor]]:
     """Return ``value``'s skeleton and its tensors; ``opaque`` is called with each leaf that is no primitive."""
     splitter = _Splitter(opaque)
@@ -88,14 +108,34 @@ class _Splitter:
             return Constant(item)
         if kind in (tuple, list) or (isinstance(item, tuple) and hasattr(item, "_fields")):
             return Node(kind, (), tuple([self.walk(child) for child in item]))
-        if kind in (dict, OrderedDict, defaultdict):
+        if kind in (dict, OrderedDict) or (kind is defaultdict and item.default_factory in _FACTORIES):
+            kind = kind if kind is not defaultdict else _FACTORIES[item.default_factory]
             return Node(kind, tuple(item), tuple([self.walk(child) for child in item.values()]))
-        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        if _is_plain_dataclass(item):
             names = tuple(field.name for field in dataclasses.fields(item) if hasattr(item, field.name))
             return Node(kind, names, tuple([self.walk(getattr(item, name)) for name in names]))
         if self._opaque is not None:
             self._opaque(item)
         return Constant(item)
+
+
+class _WithFactory(dict[Any, Any]):
+    """Stands for a defaultdict in a skeleton."""
+
+    factory: Any = None
+
+
+_FACTORIES: dict[Any, type[_WithFactory]] = {
+    factory: type(f"_{factory}", (_WithFactory,), {"factory": factory})
+    for factory in (None, list, dict, set, int, float, str, bool, tuple)
+}
+
+
+def _is_plain_dataclass(item: Any) -> bool:
+    """Whether ``item`` is its fields, so that these make it again."""
+    if not dataclasses.is_dataclass(item) or isinstance(item, (type, dict, nn.Module)):
+        return False
+    return getattr(item, "__dict__", {}).keys() <= {field.name for field in dataclasses.fields(item)}
 
 
 def join(skeleton: Skeleton, tensors: Sequence[Any]) -> Any:
@@ -112,8 +152,15 @@ def join(skeleton: Skeleton, tensors: Sequence[Any]) -> Any:
         return kind(*children)
     if issubclass(kind, dict):
         items = zip(skeleton.keys, children, strict=True)
-        return defaultdict(None, items) if kind is defaultdict else kind(items)
+        return defaultdict(kind.factory, items) if issubclass(kind, _WithFactory) else kind(items)
     result = object.__new__(kind)  # a dataclass: its __init__ and __post_init__ have run once and may not be pure
     for name, child in zip(skeleton.keys, children, strict=True):
         object.__setattr__(result, name, child)
     return result
+
+
+def without_values(skeleton: Skeleton) -> Skeleton:
+    """Return ``skeleton`` with the type of each constant in its place."""
+    if isinstance(skeleton, Node):
+        return Node(skeleton.kind, skeleton.keys, tuple([without_values(child) for child in skeleton.children]))
+    return Constant(f"a {type(skeleton.value).__name__}") if isinstance(skeleton, Constant) else skeleton

@@ -31,7 +31,7 @@ def test_fixed_point() -> None:
         return x
 
     code, _ = _emitted(inverse, torch.randn(4, 8))
-    FileCheck().check("def forward(self, input_0)").check("self.weight_0").check("aten.full.default").check_count(
+    FileCheck().check("def forward(self, input_0)").check("self.weight").check("aten.full.default").check_count(
         "self.fixed_point_0(", 1, exactly=True
     ).check("return (").run(code)
     FileCheck().check_not("loop_").check_not("aten.mm").run(code)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fxjacobi
+from fxjacobi.errors import CaptureWarning
 from fxjacobi.signature import signature
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def repeated(x: torch.Tensor) -> torch.Tensor:
@@ -123,3 +136,196 @@ def test_the_plan_names_the_value_that_changes_with_each_call() -> None:
             assert torch.equal(compiled(x), scaled(x))
     assert not compiled.plan.solved
     assert "settings.scale from 0.1" in compiled.plan.reason
+
+
+def test_values_of_arguments_are_compared_where_they_cannot_change() -> None:
+    def scaled(x: torch.Tensor, scale: Any, window: Any) -> torch.Tensor:
+        for _ in range(40):
+            x = torch.tanh(x * float(scale))
+        return x[window] if isinstance(window, slice) else x
+
+    compiled, x = fxjacobi.compile(scaled, measure=False), torch.randn(4)
+    calls = [(np.float32(0.5), slice(0, 3)), (Fraction(1, 3), frozenset({1})), (np.int64(1), slice(1, None))]
+    with torch.no_grad():
+        for scale, window in calls:
+            for call in range(2):
+                again: Any = copy.deepcopy((scale, window))
+                assert torch.equal(compiled(x, *again), scaled(x, scale, window))
+                assert compiled.report.solved == (call > 0)
+
+
+def test_arguments_whose_values_differ_at_every_call_run_the_original() -> None:
+    def scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+        for _ in range(3):
+            x = torch.tanh(x * scale)
+        return x
+
+    compiled, x = fxjacobi.compile(scaled, measure=False), torch.randn(4)
+    with torch.no_grad():
+        for call in range(40):
+            assert torch.equal(compiled(x, 0.1 + call), scaled(x, 0.1 + call))
+        assert "as a tensor" in compiled.report.reason
+        compiled(x, 0.1)  # one that is compiled is solved still
+        assert compiled.report.solved
+
+
+def test_autocast_to_another_type_is_another_call() -> None:
+    weight, x = torch.randn(8, 8), torch.randn(4, 8)
+
+    def products(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(40):
+            x = torch.tanh(x @ weight)
+        return x
+
+    compiled = fxjacobi.compile(products, measure=False)
+    for dtype in (torch.bfloat16, torch.bfloat16, torch.float16, torch.float16):
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+            assert torch.equal(compiled(x), products(x))
+
+
+def test_in_another_mode_a_model_that_ran_as_it_is_is_looked_at_again() -> None:
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.steps = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(self.steps):
+                x = torch.tanh(self.norm(x) if self.training else x * 0.5)
+            return x
+
+    model, x = Norms(), torch.randn(4, 3)
+    compiled = fxjacobi.compile(model, measure=False)
+    compiled(x), compiled(x)
+    model.steps = 40
+    with torch.no_grad():
+        for _ in range(2 * 16):
+            model.eval()
+            assert torch.equal(compiled(x), model(x))
+        assert compiled.report.solved
+
+
+def test_copies_compile_anew(tmp_path: Path) -> None:
+    model = SamplerModule()
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        model.fast(x), model.fast(x)
+        for other in (copy.deepcopy(model), copy.deepcopy(model.fast)):
+            fast = other.fast if isinstance(other, SamplerModule) else other
+            assert not fast.report.solved
+            fast(x)
+            assert torch.equal(fast(x), model.fast(x))
+            assert fast.report.solved
+        torch.save(fxjacobi.compile(nn.Linear(3, 3)), tmp_path / "model.pt")
+        assert isinstance(torch.load(tmp_path / "model.pt", weights_only=False), fxjacobi.SolvedModule)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_under_checkpointing_and_tracing_the_original_runs() -> None:
+    linear = nn.Linear(3, 3)
+
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(40):
+            x = torch.tanh(linear(x))
+        return x
+
+    compiled, x = fxjacobi.compile(layers, measure=False), torch.randn(2, 3, requires_grad=True)
+    for _ in range(3):
+        found = torch.autograd.grad(checkpoint(compiled, x, use_reentrant=False).sum(), x)[0]
+        assert torch.equal(found, torch.autograd.grad(layers(x).sum(), x)[0])
+        assert "checkpoint" in compiled.report.reason
+        compiled(x)
+    linear.requires_grad_(False)  # tracing a function bakes its weights in
+    traced = torch.jit.trace(compiled, x.detach())
+    assert torch.equal(traced(x.detach()), layers(x.detach()))
+
+
+def test_a_compiled_module_inside_another_is_recorded_as_its_original() -> None:
+    inner = fxjacobi.compile(repeated, measure=False)
+    x = torch.randn(3)
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = inner(x) * 0.9
+        return x
+
+    with torch.no_grad():
+        inner(x), inner(x)
+        compiled = fxjacobi.compile(outer, measure=False)
+        for _ in range(3):
+            x = torch.randn(3)
+            assert torch.equal(compiled(x), outer(x))
+        assert compiled.report.solved
+
+
+class Decorated:
+    @fxjacobi.compile
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(40):
+            x = torch.tanh(x * 0.5)
+        return x
+
+
+def test_a_method_that_is_compiled_in_its_class() -> None:
+    model, x = Decorated(), torch.randn(3)
+    assert torch.equal(model.run(x), model.run(x))
+
+
+def test_attributes_of_the_original_are_set_there() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = 3
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(self.steps):
+                x = torch.tanh(x)
+            return x
+
+    model = Steps()
+    compiled = fxjacobi.compile(model)
+    compiled.steps = 5
+    assert model.steps == 5
+    compiled.other = 1
+    assert not hasattr(model, "other")
+
+
+@dataclass
+class WithNorm:
+    h: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.norm = self.h.norm()
+
+
+def test_results_that_fields_do_not_make_again_are_refused() -> None:
+    def wrapped(x: torch.Tensor) -> WithNorm:
+        return WithNorm(repeated(x))
+
+    def listed(x: torch.Tensor) -> defaultdict[str, list[torch.Tensor]]:
+        return defaultdict(list, h=[repeated(x)])
+
+    x = torch.randn(3)
+    compiled, others = fxjacobi.compile(wrapped, measure=False), fxjacobi.compile(listed, measure=False)
+    with torch.no_grad():
+        with pytest.warns(CaptureWarning, match="WithNorm"):
+            compiled(x)
+        for _ in range(3):
+            assert torch.equal(compiled(x).norm, wrapped(x).norm)
+            assert others(x).default_factory is list
+    assert others.report.solved
+
+
+def test_threads_that_come_at_once_compile_once() -> None:
+    compiled, x = fxjacobi.compile(repeated, measure=False), torch.randn(3)
+
+    def call(_: int) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = compiled(x)
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(call, range(16)):
+            assert torch.equal(found, repeated(x))
+    assert [len(known) for known in compiled._specialisations.values()] == [1]
