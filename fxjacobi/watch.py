@@ -16,7 +16,7 @@ from torch import nn
 
 from fxjacobi.aliasing import storage_key
 from fxjacobi.graph import TensorSpec, spec_of_value
-from fxjacobi.placement import rounding_phase
+from fxjacobi.placement import rounding_unit
 from fxjacobi.reachable import MISSING, Code, Held, Place, Wrapper, held_by, is_dynamic
 from fxjacobi.trees import PRIMITIVES
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["MISSING", "Change", "Watch", "Wrapper"]
 
 _MOST_PLACES = 200_000
+
+# Not ``Tensor.data_ptr``, which a recording watches (fxjacobi.capture).
+_data_ptr = torch._C.TensorBase.data_ptr
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,11 @@ class Watch:
         self._exact: list[Place] = []
         self._storages: list[tuple[torch.Tensor, int]] = []
         self._grads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        self._used: list[tuple[torch.Tensor, tuple[Any, ...]]] = []
+        self._used: list[tuple[torch.Tensor, int, int, torch.Size, tuple[int, ...], torch.dtype, bool | None]] = []
         self._seen: dict[int, Any] = {}
         self._codes: dict[tuple[types.CodeType, int], Code] = {}
         self._checks: _Checks | None = None
-        self._narrowed = self._gradients = False
+        self._narrowed = False
 
     # -- walking --------------------------------------------------------------------------------------------------
 
@@ -138,8 +141,19 @@ class Watch:
     def narrow(self, used: Iterable[torch.Tensor], *, gradients: bool) -> None:
         """Watch from now on what the run can have read alone, and how the tensors that it ``used`` look."""
         self._narrowed, self._checks = True, None
-        self._used = [(t, _look(t, gradients)) for t in used if t.layout is torch.strided]
-        self._gradients = gradients
+        self._used = [
+            (
+                t,
+                _data_ptr(t),
+                rounding_unit(t.device),
+                t.shape,
+                t.stride(),
+                t.dtype,
+                t.requires_grad if gradients else None,
+            )
+            for t in used
+            if t.layout is torch.strided
+        ]
 
     def holds(self) -> bool:
         """Whether every place still holds what it held."""
@@ -155,7 +169,17 @@ class Watch:
                 return False
             if spec_of_value(value) != spec:
                 return False
-        return all(_look(tensor, self._gradients) == look for tensor, look in self._used)
+        for tensor, address, unit, shape, stride, dtype, gradients in self._used:
+            if (
+                tensor.shape != shape
+                or tensor.stride() != stride
+                or (gradients is not None and tensor.requires_grad != gradients)
+            ):
+                return False
+            # Another type needs other memory; other memory of the same kind does as well, if it starts as this does.
+            if _data_ptr(tensor) != address and (tensor.dtype != dtype or (_data_ptr(tensor) - address) % unit):
+                return False
+        return True
 
     def changes(self) -> list[Change]:
         """Every place that no longer holds what it held, and every key that is new in a watched dictionary or module."""
@@ -279,11 +303,6 @@ class _Checks:
     def _unread(self, mapping: Mapping[Any, Any], keys: frozenset[Any]) -> bool:
         assert self.names is not None
         return self.names.isdisjoint(mapping.keys() ^ keys)
-
-
-def _look(tensor: torch.Tensor, gradients: bool) -> tuple[Any, ...]:
-    look = (tensor.dtype, tensor.shape, tensor.stride(), rounding_phase(tensor))
-    return (*look, tensor.requires_grad) if gradients else look
 
 
 def _now(place: Place) -> Any:
