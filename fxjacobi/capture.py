@@ -6,7 +6,6 @@ and, unless something could not be recorded, the :class:`Capture`.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
 from typing import TYPE_CHECKING, Any
@@ -25,10 +24,11 @@ from fxjacobi.recorder import GuardedRecorder, Recorder
 from fxjacobi.settled_heap import settled_heap
 from fxjacobi.timing import started
 from fxjacobi.trees import Constant, Node, Skeleton, split
+from fxjacobi.unseen import watched
 from fxjacobi.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 __all__ = ["AttributeEffect", "Capture", "Recorded", "StateInput", "TensorEffect", "ViewOfWritten", "capture", "record"]
 
@@ -76,7 +76,7 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     python_random, numpy_random = random.getstate(), np.random.get_state()
     saved_inputs = tuple(spec_of_value(t) for t in tensors)
     clock = started()
-    with settled_heap(), _patched(recorder, outliner), one_hot_by_range(), recorder:
+    with settled_heap(), watched(recorder, outliner), one_hot_by_range(), recorder:
         result = fn(*args, **kwargs)
     elapsed = clock()
     try:
@@ -127,47 +127,6 @@ def _check_generators(python_random: Any, numpy_random: Any) -> None:
 
 def _equal_states(a: Any, b: Any) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@contextlib.contextmanager
-def _patched(recorder: Recorder, outliner: Outliner) -> Iterator[None]:
-    """Watch the ways past the dispatcher: memory read by Python, and calls of submodules."""
-    original_call = nn.Module.__call__
-    to_list = torch.Tensor.tolist
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return outliner.call(original_call, module, args, kwargs)
-
-    def tolist(tensor: torch.Tensor) -> Any:
-        value = to_list(tensor)
-        recorder.saw(tensor, value)
-        return value
-
-    def leaking(name: str) -> Any:
-        original = getattr(torch.Tensor, name)
-
-        def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            recorder.leak(f"Tensor.{name}")
-            return original(tensor, *args, **kwargs)
-
-        return method
-
-    replaced: dict[str, Any] = {"tolist": tolist}
-    for name in ("numpy", "__array__", "data_ptr", "__dlpack__", "requires_grad_", "storage", "untyped_storage"):
-        replaced[name] = leaking(name)
-    own = {name: torch.Tensor.__dict__[name] for name in replaced if name in torch.Tensor.__dict__}
-    for name, method in replaced.items():
-        setattr(torch.Tensor, name, method)
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = original_call  # type: ignore[method-assign]
-        for name in replaced:
-            if name in own:
-                setattr(torch.Tensor, name, own[name])
-            else:
-                delattr(torch.Tensor, name)
 
 
 class _Finish:

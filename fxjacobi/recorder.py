@@ -342,12 +342,12 @@ class Recorder(TorchDispatchMode):
 
     # -- what leaves the dispatcher --------------------------------------------------------------------------------
 
-    def leak(self, what: str) -> None:
-        """Called when Python reads a tensor's memory past the dispatcher (``numpy()``, ``data_ptr()``)."""
+    def cannot_record(self, message: str, remedy: str) -> None:
+        """Called when Python does past the dispatcher what a graph cannot hold (:mod:`fxjacobi.unseen`)."""
         if self.paused or self.failure is not None:
             return
         self.memory.site = self.sites.find()
-        self.failure = self.refuse(f"{what} reads a tensor's memory outside torch", "keep the computation in torch")
+        self.failure = self.refuse(message, remedy)
 
     def saw(self, tensor: torch.Tensor, value: Any) -> None:
         """Called when Python took the list ``value`` from ``tensor``."""
