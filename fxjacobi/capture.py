@@ -6,7 +6,6 @@ and, unless something could not be recorded, the :class:`Capture`.
 
 from __future__ import annotations
 
-import random
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch import fx, nn
 from fxjacobi.aliasing import Region, storage_key
 from fxjacobi.captured import AttributeEffect, Capture, Recorded, StateInput, TensorEffect, ViewOfWritten
 from fxjacobi.errors import CaptureError, StateChangedError
+from fxjacobi.generators import PythonGenerators, check_own_generators
 from fxjacobi.graph import TensorSpec, is_random, make_module, spec_of_value, stamp
 from fxjacobi.one_hot import one_hot_by_range
 from fxjacobi.outline import Outliner
@@ -73,7 +73,7 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if arrays:
         recorder.failure = CaptureError("an argument is a NumPy array", remedy="pass it as a tensor")
     outliner = Outliner(recorder)
-    python_random, numpy_random = random.getstate(), np.random.get_state()
+    python_generators = PythonGenerators(watch)
     saved_inputs = tuple(spec_of_value(t) for t in tensors)
     clock = started()
     with settled_heap(), watched(recorder, outliner), one_hot_by_range(), recorder:
@@ -81,9 +81,11 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     elapsed = clock()
     try:
         recorder.raise_failure()
-        _check_generators(python_random, numpy_random)
+        python_generators.check_untouched()
         finished = _Finish(recorder, watch, tensors, placeholders, outliner, root)
-        return Recorded(result, finished.capture(skeleton, saved_inputs, result, elapsed), None)
+        captured = finished.capture(skeleton, saved_inputs, result, elapsed)
+        python_generators.check_known()
+        return Recorded(result, captured, None)
     except CaptureError as error:
         return Recorded(result, None, error)
 
@@ -118,15 +120,6 @@ def _arrays(skeleton: Skeleton) -> bool:
 
 def _requires_grad(tensors: list[torch.Tensor], watch: Watch) -> bool:
     return any(t.requires_grad for t in tensors) or any(t.requires_grad for _, t in watch.tensors.values())
-
-
-def _check_generators(python_random: Any, numpy_random: Any) -> None:
-    if random.getstate() != python_random or not _equal_states(np.random.get_state(), numpy_random):
-        raise CaptureError("the run drew from Python's or NumPy's generator", remedy="draw with torch")
-
-
-def _equal_states(a: Any, b: Any) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 class _Finish:
@@ -188,6 +181,7 @@ class _Finish:
             operations=operations,
             gradients=gradients,
             draws=any(is_random(node) for node in graph.nodes),
+            generators=check_own_generators(recorder.generators, self.watch),
             undifferentiable=recorder.undifferentiable if gradients else None,
         )
 

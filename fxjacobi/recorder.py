@@ -18,6 +18,7 @@ from fxjacobi import ops
 from fxjacobi.aliasing import Geometry, View, geometry_of, storage_key
 from fxjacobi.errors import CaptureError
 from fxjacobi.functional import functional_counterpart, mutation_of
+from fxjacobi.generators import generator_key
 from fxjacobi.graph import spec_of_value
 from fxjacobi.memory import Memory, tensor_spec
 from fxjacobi.placement import placed_copy
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from types import CodeType
 
     from torch import fx
+
+    from fxjacobi.graph import Site
 
 __all__ = ["GuardedRecorder", "Recorder", "current_recorder"]
 
@@ -109,6 +112,7 @@ class Recorder(TorchDispatchMode):
         self.memory = Memory(graph, attach, known, gradients, self.refuse)
         self.writes = WriteRecorder(self.memory, self.refuse)
         self.sites = SiteFinder(outermost)
+        self.generators: dict[int, tuple[torch.Generator, torch.Tensor, Site | None]] = {}  # met, and their states then
         self.undifferentiable: str | None = None  # why an emitted module would not have the run's gradients
         self._turned: Geometry | None = None  # what a tensor that is turned in place looked like before
         self._grad_mode = torch.is_grad_enabled()
@@ -198,7 +202,11 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, (list, tuple)):
             return type(value)([self._lookup_any(item) for item in value]) if value else value
         if isinstance(value, torch.Generator):
-            return self.memory.object(value, "generator")
+            # Seeding is refused, so until its first draw a generator is as it was before the run.
+            key = generator_key(value)
+            if key not in self.generators:
+                self.generators[key] = (value, value.get_state(), self.memory.site)
+            return self.memory.object(self.generators[key][0], "generator")
         return value
 
     # -- recording ------------------------------------------------------------------------------------------------
