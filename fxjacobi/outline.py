@@ -173,6 +173,9 @@ class Outliner:
         try:
             with _python_dispatch._pop_mode_temporarily():
                 result = original(module, *args, **kwargs)
+        except BaseException as error:
+            recorder.stopped_by(error, f"{type(module).__name__} raised")
+            raise
         finally:
             recorder.paused = False
         begun = time.perf_counter()
