@@ -151,6 +151,9 @@ class _Finish:
                     f"the result holds a {type(item).__name__} that the run made",
                     remedy="return tensors, in containers",
                 )
+        left = [change.after for change in self.watch.changes() if isinstance(change.after, torch.Tensor)]
+        for tensor in (*tensors, *left):
+            self.recorder.memory.part_from_literal(tensor)
         self._share_memory(tensors)
         sources = tuple(self._source(tensor) for tensor in tensors)
         effects: list[TensorEffect | AttributeEffect] = [
