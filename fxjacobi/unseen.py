@@ -35,6 +35,10 @@ _HUNG = (
     "hangs something on a gradient, which a graph does not hold",
     "call it on what the compiled function takes or returns, outside it",
 )
+_NODE = (
+    "hands out a node of the run's own graph of gradients, on which hooks may hang",
+    "read it outside the compiled function",
+)
 _SEEDED = ("sets a random generator inside the run", "seed before the call, or pass a generator that is seeded outside")
 _SEED_READ = ("reads a random generator's seed inside the run", "pass the seed as an argument")
 
@@ -70,6 +74,7 @@ def _here() -> tuple[Recorder, Outliner] | None:
 
 def _replace_all() -> None:
     call, to_list = nn.Module.__call__, torch.Tensor.tolist
+    read_grad_fn = vars(torch._C.TensorBase)["grad_fn"].__get__
 
     def recorded_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         here = _here()
@@ -82,6 +87,10 @@ def _replace_all() -> None:
             here[0].saw(tensor, value)
         return value
 
+    def grad_fn(tensor: torch.Tensor) -> Any:
+        node = read_grad_fn(tensor)
+        return node if node is None else read_node(node)
+
     _replace(nn.Module, "__call__", recorded_call)
     _replace(torch.Tensor, "tolist", seen_list)
     for name in _READS:
@@ -90,6 +99,8 @@ def _replace_all() -> None:
     for name in _HOOKS:
         hung = _refusing(f"Tensor.{name}", getattr(torch.Tensor, name), _HUNG, lambda recorder: recorder.gradients)
         _replace(torch.Tensor, name, hung)
+    read_node = _refusing("Tensor.grad_fn", lambda node: node, _NODE, lambda recorder: recorder.gradients)
+    _replace(torch.Tensor, "grad_fn", property(grad_fn))
     # It sets a state back as well, but as it ends, from a line of contextlib's.
     _replace(torch.random, "fork_rng", _refusing("torch.random.fork_rng", torch.random.fork_rng, _SEEDED))
     _replace_in_generators()
@@ -113,7 +124,7 @@ def _refusing(
     return method
 
 
-def _replace(owner: Any, name: str, method: Callable[..., Any]) -> None:
+def _replace(owner: Any, name: str, method: Any) -> None:
     own = vars(owner).get(name)
     setattr(owner, name, method)
     _undo.append(lambda: delattr(owner, name) if own is None else setattr(owner, name, own))

@@ -118,3 +118,20 @@ def test_spectral_norm_in_training_mode_is_solved() -> None:
             assert torch.equal(found, repeated(x))
             assert all(torch.equal(a, b) for a, b in zip(left, buffers, strict=True))
     assert compiled.report.solved, compiled.plan
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_only_measuring_runs_the_callable_again(measure: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def speaks(x: torch.Tensor) -> torch.Tensor:
+        print("run")  # noqa: T201 - what is counted
+        for _ in range(200):
+            x = torch.tanh(x * 0.3 + 0.1)
+        return x
+
+    compiled = fxjacobi.compile(speaks, measure=measure)
+    with torch.no_grad():
+        compiled(torch.ones(4, 8))
+        runs = capsys.readouterr().out.count("run")
+        assert (1 < runs <= 6) if measure else runs == 1
+        compiled(torch.ones(4, 8))
+    assert capsys.readouterr().out == ("" if compiled.plan.solved else "run\n")

@@ -105,6 +105,19 @@ def test_what_hangs_on_a_gradient_is_refused_where_there_are_gradients(hook: str
     assert f"Tensor.{hook} hangs something on a gradient" in str(failure)
 
 
+def test_nodes_of_the_graph_of_gradients_are_refused_where_there_are_gradients() -> None:
+    def hangs(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        if y.grad_fn is not None:
+            y.grad_fn.register_hook(lambda inputs, outputs: inputs)
+        return y * 3
+
+    assert record(hangs, (torch.ones(4),), {}).failure is None
+    failure = record(hangs, (torch.ones(4, requires_grad=True),), {}).failure
+    assert "Tensor.grad_fn hands out a node" in str(failure)
+    assert "test_unseen.py:" in str(failure)
+
+
 def test_hooks_of_the_run_still_act() -> None:
     def doubled(x: torch.Tensor) -> torch.Tensor:
         y = torch.tanh(x)
