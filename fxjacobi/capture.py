@@ -18,7 +18,6 @@ from fxjacobi.captured import AttributeEffect, Capture, Recorded, StateInput, Te
 from fxjacobi.errors import CaptureError, StateChangedError
 from fxjacobi.generators import PythonGenerators, check_own_generators
 from fxjacobi.graph import TensorSpec, is_random, make_module, spec_of_value, stamp
-from fxjacobi.one_hot import one_hot_by_range
 from fxjacobi.outline import Outliner
 from fxjacobi.recorder import GuardedRecorder, Recorder
 from fxjacobi.settled_heap import settled_heap
@@ -76,7 +75,7 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     python_generators = PythonGenerators(watch)
     saved_inputs = tuple(spec_of_value(t) for t in tensors)
     clock = started()
-    with settled_heap(), watched(recorder, outliner), one_hot_by_range(), recorder:
+    with settled_heap(), watched(recorder, outliner), recorder:
         result = fn(*args, **kwargs)
     elapsed = clock()
     try:

@@ -1,8 +1,9 @@
 """Watching, while a run is recorded, what Python does past the dispatcher.
 
 Methods of classes are replaced for that time: those by which Python reads a tensor's memory, hangs something on a
-gradient or seeds a generator, and the call of a submodule. Classes belong to all threads, so a replacement asks for a
-recording of its own thread; the first recording puts the replacements in, and the last one takes them out.
+gradient or seeds a generator, and the call of a submodule; ``one_hot`` too. These belong to all threads, so a
+replacement asks for a recording of its own thread; the first recording puts the replacements in, and the last one takes
+them out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+
+from fxjacobi.one_hot import one_hot_by_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,7 +77,8 @@ def _here() -> tuple[Recorder, Outliner] | None:
 
 
 def _replace_all() -> None:
-    call, to_list = nn.Module.__call__, torch.Tensor.tolist
+    call, to_list, one_hot = nn.Module.__call__, torch.Tensor.tolist, functional.one_hot
+    ranged_one_hot = one_hot_by_range(one_hot)
     read_grad_fn = vars(torch._C.TensorBase)["grad_fn"].__get__
 
     def recorded_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -87,12 +92,16 @@ def _replace_all() -> None:
             here[0].saw(tensor, value)
         return value
 
+    def recorded_one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+        return (one_hot if _here() is None else ranged_one_hot)(tensor, num_classes)
+
     def grad_fn(tensor: torch.Tensor) -> Any:
         node = read_grad_fn(tensor)
         return node if node is None else read_node(node)
 
     _replace(nn.Module, "__call__", recorded_call)
     _replace(torch.Tensor, "tolist", seen_list)
+    _replace(functional, "one_hot", recorded_one_hot)
     for name in _READS:
         _replace(torch.Tensor, name, _refusing(f"Tensor.{name}", getattr(torch.Tensor, name), _READ))
     _replace(torch.Tensor, "requires_grad_", _refusing("Tensor.requires_grad_", torch.Tensor.requires_grad_, _REQUIRED))

@@ -157,7 +157,7 @@ def test_other_threads_read_memory_and_call_modules_as_they_like() -> None:
 
 
 def test_recordings_of_two_threads_that_overlap_leave_nothing_replaced() -> None:
-    call, read = nn.Module.__call__, torch.Tensor.numpy
+    call, read, one_hot = nn.Module.__call__, torch.Tensor.numpy, nn.functional.one_hot
     methods = dict(vars(torch.Generator))
     started, ended = threading.Event(), threading.Event()
 
@@ -183,6 +183,7 @@ def test_recordings_of_two_threads_that_overlap_leave_nothing_replaced() -> None
     assert "numpy reads" in str(record(run, (torch.ones(4),), {}).failure)
     assert nn.Module.__call__ is call
     assert torch.Tensor.numpy is read
+    assert nn.functional.one_hot is one_hot
     assert dict(vars(torch.Generator)) == methods
 
 
