@@ -6,8 +6,6 @@ and, unless something could not be recorded, the :class:`Capture`.
 
 from __future__ import annotations
 
-import contextlib
-import random
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +16,18 @@ from torch import fx, nn
 from fxjacobi.aliasing import Region, storage_key
 from fxjacobi.captured import AttributeEffect, Capture, Recorded, StateInput, TensorEffect, ViewOfWritten
 from fxjacobi.errors import CaptureError, StateChangedError
+from fxjacobi.generators import PythonGenerators, check_own_generators
 from fxjacobi.graph import TensorSpec, is_random, make_module, spec_of_value, stamp
-from fxjacobi.one_hot import one_hot_by_range
 from fxjacobi.outline import Outliner
 from fxjacobi.recorder import GuardedRecorder, Recorder
 from fxjacobi.settled_heap import settled_heap
 from fxjacobi.timing import started
 from fxjacobi.trees import Constant, Node, Skeleton, split
+from fxjacobi.unseen import watched
 from fxjacobi.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 __all__ = ["AttributeEffect", "Capture", "Recorded", "StateInput", "TensorEffect", "ViewOfWritten", "capture", "record"]
 
@@ -78,18 +77,20 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if arrays:
         recorder.failure = CaptureError("an argument is a NumPy array", remedy="pass it as a tensor")
     outliner = Outliner(recorder)
-    python_random, numpy_random = random.getstate(), np.random.get_state()
+    python_generators = PythonGenerators(watch)
     saved_inputs = tuple(spec_of_value(t) for t in tensors)
     clock = started()
-    with settled_heap(), _patched(recorder, outliner), one_hot_by_range(), recorder:
+    with settled_heap(), watched(recorder, outliner), recorder:
         result = fn(*args, **kwargs)
     elapsed = clock()
     try:
         recorder.raise_failure()
-        _check_generators(python_random, numpy_random)
+        python_generators.check_untouched()
         _check_arguments(skeleton, tensors, args, kwargs)
         finished = _Finish(recorder, watch, tensors, placeholders, outliner, root)
-        return Recorded(result, finished.capture(skeleton, saved_inputs, result, elapsed), None, watch)
+        captured = finished.capture(skeleton, saved_inputs, result, elapsed)
+        python_generators.check_known()
+        return Recorded(result, captured, None, watch)
     except CaptureError as error:
         return Recorded(result, None, error, watch)
 
@@ -136,56 +137,6 @@ def _requires_grad(tensors: list[torch.Tensor], watch: Watch) -> bool:
     return any(t.requires_grad for t in tensors) or any(t.requires_grad for _, t in watch.tensors.values())
 
 
-def _check_generators(python_random: Any, numpy_random: Any) -> None:
-    if random.getstate() != python_random or not _equal_states(np.random.get_state(), numpy_random):
-        raise CaptureError("the run drew from Python's or NumPy's generator", remedy="draw with torch")
-
-
-def _equal_states(a: Any, b: Any) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@contextlib.contextmanager
-def _patched(recorder: Recorder, outliner: Outliner) -> Iterator[None]:
-    """Watch the ways past the dispatcher: memory read by Python, and calls of submodules."""
-    original_call = nn.Module.__call__
-    to_list = torch.Tensor.tolist
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return outliner.call(original_call, module, args, kwargs)
-
-    def tolist(tensor: torch.Tensor) -> Any:
-        value = to_list(tensor)
-        recorder.saw(tensor, value)
-        return value
-
-    def leaking(name: str) -> Any:
-        original = getattr(torch.Tensor, name)
-
-        def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            recorder.leak(f"Tensor.{name}")
-            return original(tensor, *args, **kwargs)
-
-        return method
-
-    replaced: dict[str, Any] = {"tolist": tolist}
-    for name in ("numpy", "__array__", "data_ptr", "__dlpack__", "requires_grad_", "storage", "untyped_storage"):
-        replaced[name] = leaking(name)
-    own = {name: torch.Tensor.__dict__[name] for name in replaced if name in torch.Tensor.__dict__}
-    for name, method in replaced.items():
-        setattr(torch.Tensor, name, method)
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = original_call  # type: ignore[method-assign]
-        for name in replaced:
-            if name in own:
-                setattr(torch.Tensor, name, own[name])
-            else:
-                delattr(torch.Tensor, name)
-
-
 class _Finish:
     """Turns a finished recording into a :class:`Capture`."""
 
@@ -217,6 +168,9 @@ class _Finish:
                     f"the result holds a {type(item).__name__} that the run made",
                     remedy="return tensors, in containers",
                 )
+        left = [change.after for change in self.watch.changes() if isinstance(change.after, torch.Tensor)]
+        for tensor in (*tensors, *left):
+            self.recorder.memory.part_from_literal(tensor)
         self._share_memory(tensors)
         sources = tuple(self._source(tensor) for tensor in tensors)
         effects: list[TensorEffect | AttributeEffect] = [
@@ -248,6 +202,7 @@ class _Finish:
             operations=operations,
             gradients=gradients,
             draws=any(is_random(node) for node in graph.nodes),
+            generators=check_own_generators(recorder.generators, self.watch),
             undifferentiable=recorder.undifferentiable if gradients else None,
         )
 

@@ -80,6 +80,7 @@ class Capture:
         operations: Number of operations recorded.
         gradients: Whether something that the run returned or left behind requires gradients.
         draws: Whether the run drew random numbers.
+        generators: The program's own generators that it drew from, each with its state before the run.
         undifferentiable: Why an emitted module would not have the run's gradients, if it would not.
     """
 
@@ -97,6 +98,7 @@ class Capture:
     operations: int
     gradients: bool
     draws: bool
+    generators: tuple[tuple[torch.Generator, torch.Tensor], ...]
     undifferentiable: str | None
 
     def forget(self) -> Capture:

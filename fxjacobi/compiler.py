@@ -15,6 +15,7 @@ from fxjacobi.choose import Chosen, choose_methods
 from fxjacobi.device.limits import device_of_graph, spare_bytes
 from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed, PlanError, StateChangedError
 from fxjacobi.first_result import demote, difference, put_in_order
+from fxjacobi.generators import RandomState
 from fxjacobi.growing import growing_sequence
 from fxjacobi.loops import Loop
 from fxjacobi.ops import GUARDS
@@ -22,7 +23,7 @@ from fxjacobi.passes import pipeline
 from fxjacobi.plan import Candidate, Plan
 from fxjacobi.recorded_run import RecordedRun
 from fxjacobi.saved_plan import Decision, fingerprint
-from fxjacobi.specialisation import RandomState, Specialisation
+from fxjacobi.specialisation import Specialisation
 from fxjacobi.timing import started
 from fxjacobi.trees import split
 
@@ -72,7 +73,9 @@ def specialise(
         else:
             warnings.warn(CaptureWarning(f"runs as it is: {recorded.failure}"), stacklevel=4)
         return recorded.result, failed
-    after = RandomState.save()
+    generators = recorded.capture.generators
+    state = replace(state, own=generators)
+    after = RandomState.save(generator for generator, _ in generators)
     try:
         recorded_run = RecordedRun(fn, args, kwargs, recorded.capture, state, tensors)
         specialisation = _Compilation(recorded_run, options).run()

@@ -229,6 +229,17 @@ class Memory:
                 self._literals[key].meta["literal"] = True  # no one else holds it, so it never changes
         return self._literals[key]
 
+    def part_from_literal(self, tensor: torch.Tensor) -> None:
+        """Give a tensor that outlives the run memory of its own: a literal's is the graph's, for all calls."""
+        region = self.regions.get(storage_key(tensor))
+        if region is None:
+            return
+        base = region.views[region.base]
+        if base.node.meta.get("literal"):
+            base.node = self.emit(aten.clone.default, (base.node,), {}, base.node.meta["spec"])
+            region.version += 1
+            base.version = region.version
+
     def assign(self, target: torch.Tensor, value: fx.Node, *, shared: bool = False) -> None:
         """``target`` now holds ``value``: carry that back to its region's base and make the other views stale.
 

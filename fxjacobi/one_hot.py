@@ -6,22 +6,18 @@ would bind the recording to these very classes. The replacement asks only whethe
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 __all__ = ["one_hot_by_range"]
 
 
-@contextlib.contextmanager
-def one_hot_by_range() -> Iterator[None]:
-    """Inside, ``functional.one_hot`` with a number of classes checks their range alone; its result is the same."""
-    original: Callable[..., torch.Tensor] = functional.one_hot
+def one_hot_by_range(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``original``, which is ``functional.one_hot``; a number of classes makes it check their range alone."""
 
     def one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
         usual = tensor.dtype is torch.int64 and num_classes > 0 and tensor.numel() > 0 and tensor.device.type == "cpu"
@@ -30,8 +26,4 @@ def one_hot_by_range() -> Iterator[None]:
         blank = torch.zeros(*tensor.shape, num_classes, dtype=tensor.dtype, device=tensor.device)
         return blank.scatter_(-1, tensor.unsqueeze(-1), 1)
 
-    functional.one_hot = one_hot
-    try:
-        yield
-    finally:
-        functional.one_hot = original
+    return one_hot

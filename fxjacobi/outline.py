@@ -136,6 +136,8 @@ class Outliner:
             region = recorder.memory.regions.get(storage_key(tensor))
             if region is None or region.birth < start or storage_key(tensor) in storages:
                 return None
+            if region.views[region.base].node.meta.get("literal"):
+                return None  # the graph's memory, of which each call gives a copy
             storages.add(storage_key(tensor))
             outputs.append(recorder.memory.lookup(tensor))
         attributes: dict[fx.Node, None] = {}
@@ -173,6 +175,9 @@ class Outliner:
         try:
             with _python_dispatch._pop_mode_temporarily():
                 result = original(module, *args, **kwargs)
+        except BaseException as error:
+            recorder.stopped_by(error, f"{type(module).__name__} raised")
+            raise
         finally:
             recorder.paused = False
         begun = time.perf_counter()

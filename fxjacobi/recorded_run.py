@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-    from fxjacobi.specialisation import RandomState
+    from fxjacobi.generators import RandomState
 
 __all__ = ["RecordedRun"]
 

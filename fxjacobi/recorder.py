@@ -18,9 +18,11 @@ from fxjacobi import ops
 from fxjacobi.aliasing import Geometry, View, geometry_of, storage_key
 from fxjacobi.errors import CaptureError
 from fxjacobi.functional import functional_counterpart, mutation_of
+from fxjacobi.generators import generator_key
 from fxjacobi.graph import spec_of_value
 from fxjacobi.memory import Memory, tensor_spec
 from fxjacobi.placement import placed_copy
+from fxjacobi.recorded_operations import CHECKS, FILLED, LIFTS, REFUSED, SPLITS
 from fxjacobi.sites import SiteFinder
 from fxjacobi.write_recorder import BATCH_NORMS, WriteRecorder
 
@@ -30,46 +32,11 @@ if TYPE_CHECKING:
 
     from torch import fx
 
+    from fxjacobi.graph import Site
+
 __all__ = ["GuardedRecorder", "Recorder", "current_recorder"]
 
 aten = torch.ops.aten
-
-# Constructors whose value depends on no other value: one spelling, so that zeros_like(x) does not read x.
-_FILLED: dict[Any, tuple[int | None, Any]] = {
-    aten.zeros.default: (None, 0),
-    aten.ones.default: (None, 1),
-    aten.full.default: (1, None),
-    aten.zeros_like.default: (None, 0),
-    aten.ones_like.default: (None, 1),
-    aten.full_like.default: (1, None),
-    aten.new_zeros.default: (None, 0),
-    aten.new_ones.default: (None, 1),
-    aten.new_full.default: (2, None),
-    # What uninitialised memory holds is not part of a program's meaning; a graph must be deterministic.
-    aten.empty.memory_format: (None, 0),
-    aten.empty_like.default: (None, 0),
-    aten.new_empty.default: (None, 0),
-}
-_CHECKS: dict[Any, bool] = {
-    aten._linalg_check_errors.default: False,  # any error code of the batch
-    aten._assert_async.default: True,
-    aten._assert_async.msg: True,
-}
-"""Operations that return nothing and raise where their argument is not as it should be, and what that is."""
-
-_SPLITS = (
-    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsafe_split.Tensor,
-    aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default, aten.chunk.default,
-)  # fmt: skip
-_LIFTS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
-_REFUSED = {
-    "set_": "a tensor's storage is replaced",
-    "resize_": "a tensor is resized in place",
-    "_conj": "a lazily conjugated tensor",
-    "_neg_view": "a lazily negated tensor",
-    "resize_as_": "a tensor is resized in place",
-    "copy_from": "a copy between devices below the dispatcher",
-}
 
 
 def current_recorder() -> Recorder | None:
@@ -109,6 +76,7 @@ class Recorder(TorchDispatchMode):
         self.memory = Memory(graph, attach, known, gradients, self.refuse)
         self.writes = WriteRecorder(self.memory, self.refuse)
         self.sites = SiteFinder(outermost)
+        self.generators: dict[int, tuple[torch.Generator, torch.Tensor, Site | None]] = {}  # met, and their states then
         self.undifferentiable: str | None = None  # why an emitted module would not have the run's gradients
         self._turned: Geometry | None = None  # what a tensor that is turned in place looked like before
         self._grad_mode = torch.is_grad_enabled()
@@ -134,7 +102,11 @@ class Recorder(TorchDispatchMode):
         except CaptureError as error:
             self.failure = error
         middle = time.perf_counter()
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except BaseException as error:
+            self.stopped_by(error, f"{func} raised")
+            raise
         after = time.perf_counter()
         if prepared is not None:
             try:
@@ -148,6 +120,17 @@ class Recorder(TorchDispatchMode):
         """Raise what stopped the recording, if something did."""
         if self.failure is not None:
             raise self.failure
+
+    def stopped_by(self, error: BaseException, what: str) -> None:
+        """Called when the run meets an exception half-way: where it catches it, the way it takes depends on data.
+
+        The exception is the user's and passes on; a run that it ends is not recorded in any case.
+        """
+        if self.failure is None:
+            self.failure = self.refuse(
+                f"{what} {type(error).__name__}, which the run went on from",
+                "ask beforehand, by torch operations (torch.linalg.cholesky_ex), instead of catching an exception",
+            )
 
     def refuse(self, message: str, remedy: str | None = None) -> CaptureError:
         """Return the error for something met at the present site."""
@@ -163,11 +146,11 @@ class Recorder(TorchDispatchMode):
                     "convert it to a plain torch.Tensor before the call",
                 )
         name = func._schema.name.partition("::")[2]
-        if name in _REFUSED:
-            raise self.refuse(f"{_REFUSED[name]} ({func})", "use an out-of-place operation")
+        if name in REFUSED:
+            raise self.refuse(f"{REFUSED[name]} ({func})", "use an out-of-place operation")
         if self.gradients and torch.is_grad_enabled() != self._grad_mode and self.undifferentiable is None:
             self.undifferentiable = f"gradients are switched inside the run at {self.memory.site}"
-        if func in _LIFTS:
+        if func in LIFTS:
             return args, kwargs  # a tensor that Python values were just made into: nothing to look up
         mutation = mutation_of(func)
         if torch.Tag.inplace_view in func.tags:
@@ -175,6 +158,7 @@ class Recorder(TorchDispatchMode):
             self._turned = self.memory.key(self.memory.regions[storage_key(args[0])], args[0])
         elif mutation is not None:
             self._save_before_write([args[p] for p in mutation.positions if p < len(args)])
+            self._save_before_write([kwargs[k] for k in mutation.keywords if k in kwargs])
         elif func in BATCH_NORMS:
             self._save_before_write([a for a in args[3:5] if a is not None])
         # Arguments are looked up before the operation runs: afterwards an in-place one has changed them.
@@ -198,7 +182,11 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, (list, tuple)):
             return type(value)([self._lookup_any(item) for item in value]) if value else value
         if isinstance(value, torch.Generator):
-            return self.memory.object(value, "generator")
+            # Seeding is refused, so until its first draw a generator is as it was before the run.
+            key = generator_key(value)
+            if key not in self.generators:
+                self.generators[key] = (value, value.get_state(), self.memory.site)
+            return self.memory.object(self.generators[key][0], "generator")
         return value
 
     # -- recording ------------------------------------------------------------------------------------------------
@@ -225,7 +213,7 @@ class Recorder(TorchDispatchMode):
         elif isinstance(result, torch.Tensor):
             self._record_tensor(func, args, nodes, keywords, result)
         elif isinstance(result, (tuple, list)):
-            if func in _SPLITS:
+            if func in SPLITS:
                 self._record_split(func, args, nodes, result)
             else:
                 self._record_tuple(func, nodes, keywords, result)
@@ -236,9 +224,9 @@ class Recorder(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], keywords: dict[str, Any], result: Any
     ) -> None:
         """A Python value taken from a tensor: the run may branch on it, so it becomes a guard."""
-        if func in _CHECKS:
+        if func in CHECKS:
             # It returned, so it found nothing wrong; where it will, the ordinary run raises what it raises.
-            wanted = _CHECKS[func]
+            wanted = CHECKS[func]
             looked_at = nodes[0]
             if wanted is False:
                 looked_at = self.memory.emit(aten.any.default, nodes[:1], {}, spec_of_value(aten.any.default(args[0])))
@@ -274,10 +262,12 @@ class Recorder(TorchDispatchMode):
             return
         if region is not None:
             raise self.refuse(f"{func} returned memory of a tensor that is not its first argument")
-        if func in _LIFTS:
+        if func in LIFTS:
             self.memory.add_fresh(result, self.memory.literal(result))
             return
-        filled = _FILLED.get(func)
+        filled = FILLED.get(func)
+        if func is aten._to_copy.default and not isinstance(args[0], torch.Tensor):
+            filled = 0, None  # torch.vmap makes a tensor of each number
         if filled is not None and result.layout is torch.strided and result.is_contiguous():
             position, value = filled
             if position is not None:
@@ -342,12 +332,12 @@ class Recorder(TorchDispatchMode):
 
     # -- what leaves the dispatcher --------------------------------------------------------------------------------
 
-    def leak(self, what: str) -> None:
-        """Called when Python reads a tensor's memory past the dispatcher (``numpy()``, ``data_ptr()``)."""
+    def cannot_record(self, message: str, remedy: str) -> None:
+        """Called when Python does past the dispatcher what a graph cannot hold (:mod:`fxjacobi.unseen`)."""
         if self.paused or self.failure is not None:
             return
         self.memory.site = self.sites.find()
-        self.failure = self.refuse(f"{what} reads a tensor's memory outside torch", "keep the computation in torch")
+        self.failure = self.refuse(message, remedy)
 
     def saw(self, tensor: torch.Tensor, value: Any) -> None:
         """Called when Python took the list ``value`` from ``tensor``."""

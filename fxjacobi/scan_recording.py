@@ -108,6 +108,9 @@ class ScanRecording:
         try:
             with _python_dispatch._pop_mode_temporarily():
                 return rest()
+        except BaseException as error:
+            self._recorder.stopped_by(error, "a step of fxjacobi.scan raised")
+            raise
         finally:
             self._recorder.paused = False
 

@@ -11,6 +11,7 @@ import torch
 from fxjacobi.blocks import last_solution, loop_of, method_of, plan_of_now
 from fxjacobi.capture import AttributeEffect, Capture, StateInput, ViewOfWritten
 from fxjacobi.errors import GuardFailed
+from fxjacobi.generators import RandomState
 from fxjacobi.report import BlockReport, Report
 from fxjacobi.trees import join
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from fxjacobi.methods.method import Method
     from fxjacobi.plan import Plan
 
-__all__ = ["MAX_GUARD_FAILURES", "RandomState", "Specialisation"]
+__all__ = ["MAX_GUARD_FAILURES", "Specialisation"]
 
 _log = logging.getLogger(__name__)
 
@@ -30,26 +31,6 @@ MAX_GUARD_FAILURES = 8
 """Failed guards after which a specialisation is given up, if at most as many calls have succeeded."""
 
 _LOOK_EVERY = 16
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The state of every generator that a call may draw from."""
-
-    cpu: torch.Tensor
-    cuda: tuple[torch.Tensor, ...]
-
-    @classmethod
-    def save(cls) -> RandomState:
-        """The present state of the CPU's generator and, where CUDA is in use, of every device's."""
-        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-        return cls(torch.get_rng_state(), cuda)
-
-    def restore(self) -> None:
-        """Put every generator back."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(list(self.cuda))
 
 
 @dataclass
@@ -104,7 +85,7 @@ class Specialisation:
             if self.report.reason != self.plan.reason:
                 self.report = Report(False, self.plan.reason)
             return self.original(*args, **kwargs)
-        state = RandomState.save() if self.capture.draws else None
+        state = RandomState.save(g for g, _ in self.capture.generators) if self.capture.draws else None
         try:
             with torch.set_grad_enabled(self.capture.gradients):
                 values = self.module(*tensors, *(_read(s) for s in self.capture.states))

@@ -43,10 +43,11 @@ def _runs(module: fx.GraphModule) -> Iterator[list[fx.Node]]:
         draws = is_random(node)
         if not draws and node.op != "call_module":
             continue  # it draws nothing
-        if run and not (draws and not node.all_input_nodes and _key(node) == _key(run[0])):
+        alone = draws and all(each is node.kwargs.get("generator") for each in node.all_input_nodes)
+        if run and not (alone and _key(node) == _key(run[0])):
             yield run
             run = []
-        if draws and not node.all_input_nodes and node.target is not draw_each:
+        if alone and node.target is not draw_each:
             run.append(node)
     if run:
         yield run
@@ -64,7 +65,7 @@ def group_draws(module: fx.GraphModule) -> fx.GraphModule:
         if run is not None:
             filled = node.target is draw
             op, *args = node.args if filled else (node.target, *node.args)
-            call = (op, len(run), tuple(args), dict(node.kwargs))
+            call = (op, len(run), tuple(args), fx.map_arg(dict(node.kwargs), values.__getitem__))
             inside = all(user.op == "call_module" for one in run for user in one.users)
             together = graph.call_function(draw_each, call, {"filled": filled, "inside": inside})
             stamp(together, tuple(spec_of(one) for one in run), site_of(node))

@@ -135,7 +135,8 @@ class _Hoister:
             self.copy(node)
         drawn: dict[fx.Node, fx.Node] = {}
         for node, call in self.free.items():
-            made = self.graph.create_node("call_function", call.target, call.args, call.kwargs)
+            kwargs = fx.map_arg(call.kwargs, self.values.__getitem__)  # a generator is an attribute
+            made = self.graph.create_node("call_function", call.target, call.args, kwargs)
             drawn[node] = stamp(made, call.spec, site_of(node))
         for node in self.module.graph.nodes:
             if node in drawn:
@@ -197,9 +198,9 @@ _IN_PLACE: dict[Any, Any] = {
 def _free(node: fx.Node) -> _Free | str:
     """The draw that takes no value and gives ``node``'s result, or why there is none."""
     spec = spec_of(node)
-    if not node.all_input_nodes:
-        return _Free(node.target, node.args, dict(node.kwargs), spec)
     generator = {"generator": node.kwargs["generator"]} if node.kwargs.get("generator") is not None else {}
+    if all(each is generator.get("generator") for each in node.all_input_nodes):
+        return _Free(node.target, node.args, dict(node.kwargs), spec)
     target = node.target
     if target in _IN_PLACE and isinstance(spec, TensorSpec) and not any(map(_is_node, node.args[1:])):
         return _filled(_IN_PLACE[target], spec, generator, *node.args[1:])

@@ -326,3 +326,59 @@ def test_verify_catches_a_wrong_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SolvedModule, "forward", lambda self, *a, **k: forward(self, *a, **k) + 1)
     with pytest.raises(fxjacobi.ExactnessError, match="output 0"):
         fxjacobi.verify(_repeat, torch.rand(4) * 50)
+
+
+class _MakesConstants(nn.Module):
+    """Returns, and leaves behind, tensors that it makes of Python values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        self.kept = torch.tensor([5.0, 6.0])
+        for _ in range(20):
+            x = torch.tanh(x * 0.5 + self.kept)
+        return x, whole, whole.t(), whole[1], torch.tensor([7.0]), torch.tensor([7.0]), torch.tensor(8.0).expand(3)
+
+
+class _Part(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        table = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        for _ in range(10):
+            x = torch.tanh(x)
+        return x, table[0]
+
+
+class _CallsParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = _Part()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = []
+        for _ in range(4):
+            x, row = self.part(x)
+            found.append(row)
+        return x, *found
+
+
+@pytest.mark.parametrize("kind", [_MakesConstants, _CallsParts])
+def test_constants_that_a_call_returns_are_its_callers(kind: type[nn.Module]) -> None:
+    model, plain = kind(), kind()
+    compiled = fxjacobi.compile(model, measure=False)
+    x = torch.rand(3, 2)
+    for _ in range(3):
+        found = [*compiled(x), getattr(model, "kept", x)]
+        wanted = [*plain(x), getattr(plain, "kept", x)]
+        assert all(equal(a, b) for a, b in zip(found, wanted, strict=True))
+        shared = [[a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for a in found] for b in found]
+        assert shared == [
+            [a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for a in wanted] for b in wanted
+        ]
+        for value in found[1:-1]:
+            value[..., :1] = -1
+        if isinstance(model, _MakesConstants):
+            found[-1].zero_()
+    assert compiled.report.solved

@@ -94,3 +94,44 @@ def test_a_fixed_point_that_is_checked_at_each_step_stops_early() -> None:
         assert compiled.report.sweeps < 100
         with pytest.raises(ValueError, match="not finite"):
             compiled(x * float("inf"), weight)
+
+
+def test_spectral_norm_in_training_mode_is_solved() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))  # its iteration writes by out=
+    buffers = list(layer.buffers())
+
+    def repeated(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(6):
+            x = torch.tanh(layer(x))
+        return x
+
+    compiled = fxjacobi.compile(repeated, measure=False)
+    with torch.no_grad():
+        for _ in range(3):
+            for buffer in buffers:  # far from where the iteration converges
+                buffer.copy_(torch.nn.functional.normalize(torch.randn(6), dim=0))
+            x, before = torch.randn(2, 6), [b.clone() for b in buffers]
+            found, left = compiled(x), [b.clone() for b in buffers]
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            assert torch.equal(found, repeated(x))
+            assert all(torch.equal(a, b) for a, b in zip(left, buffers, strict=True))
+    assert compiled.report.solved, compiled.plan
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_only_measuring_runs_the_callable_again(measure: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def speaks(x: torch.Tensor) -> torch.Tensor:
+        print("run")  # noqa: T201 - what is counted
+        for _ in range(200):
+            x = torch.tanh(x * 0.3 + 0.1)
+        return x
+
+    compiled = fxjacobi.compile(speaks, measure=measure)
+    with torch.no_grad():
+        compiled(torch.ones(4, 8))
+        runs = capsys.readouterr().out.count("run")
+        assert (1 < runs <= 6) if measure else runs == 1
+        compiled(torch.ones(4, 8))
+    assert capsys.readouterr().out == ("" if compiled.plan.solved else "run\n")
