@@ -35,6 +35,7 @@ from fxjacobi.fewer_samples import FewerSamples, Samples, fewer_samples
 from fxjacobi.graph import spec_of
 from fxjacobi.loops import Invariant, Literal, Loop
 from fxjacobi.sampling_solve import SamplingSolve
+from fxjacobi.tail_layouts import Repeated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +105,7 @@ class JacobiWrites(Explained):
         self.refused = False
         self.checked = False
         self.restrided = restrided
+        self._repeated = Repeated(structure)
         self.loop: Loop = structure.loop
         self.proof_sentence = str(proof)
         self.fewer: FewerSamples | None = None
@@ -210,6 +212,10 @@ class JacobiWrites(Explained):
             return self._in_order(operands)
         with torch.no_grad():
             if not self._still_proven(operands):
+                return self._in_order(operands)
+            dense = self._repeated.missing(operands) if self.restrided else None
+            if dense is not None:
+                _log.debug("%s was recorded where it is expanded, and here it is not", dense)
                 return self._in_order(operands)
             form = self._forms.of(operands)
             captured = None if form is None else form(operands)
