@@ -76,11 +76,12 @@ class CollapseSampling(Pass):
         return replace_blocks(module, lambda loop, node: self._collapse(module, loop, node))
 
     def _collapse(self, module: fx.GraphModule, loop: Loop, node: fx.Node) -> nn.Module:
+        rolled, loop = loop, unroll_inner(loop)
         if not any(inner.target in _WRITES for inner in loop.body.graph.nodes):
-            return loop
+            return rolled
         if not self.collapse:
-            return loop.with_reason("not collapsed: the ordinary order was asked for")
-        rolled, loop = loop, packed(unroll_inner(loop), node.args)
+            return rolled.with_reason("not collapsed: the ordinary order was asked for")
+        loop = packed(loop, node.args)
         top_level = node.graph is module.graph
         outcome: CausalityProof | Refusal
         if top_level:
