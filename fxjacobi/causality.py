@@ -190,7 +190,7 @@ class _Analysis:
         bound = torch.full((structure.trip_count,), NOTHING, dtype=torch.int64)
         for used in structure.uses(end):
             if used in structure.accesses:
-                bound = torch.maximum(bound, self._accessed(env, used, clocks).flatten(1).amax(1).to(torch.int64))
+                bound = torch.maximum(bound, self._accessed(env, used, clocks).amax(1).to(torch.int64))
             elif used in structure.states:
                 before = torch.arange(structure.trip_count) * len(structure.writes) - 1
                 bound = torch.maximum(bound, before)
@@ -200,15 +200,14 @@ class _Analysis:
         return bound
 
     def _accessed(self, env: dict[fx.Node, Value], node: fx.Node, clocks: torch.Tensor) -> torch.Tensor:
-        """Return the ranks of what each step selects, ``(T, *shape)``."""
+        """Return the ranks of the elements that each step selects, ``(T, elements)``; a scalar is one element."""
         access = self.structure.accesses[node]
         source = env[access.source]
         assert isinstance(source, Abstract)
-        rank = source.rank.reshape(-1)[access.positions]
+        rank = source.rank.reshape(-1)[access.positions.reshape(len(clocks), -1)]
         if access.source in self.structure.versions:
             # An element that is not written yet holds what it held before the loop.
-            late = rank >= clocks.reshape(-1, *[1] * (rank.dim() - 1))
-            rank = torch.where(late, NOTHING, rank)
+            rank = torch.where(rank >= clocks[:, None], NOTHING, rank)
         return rank if rank.numel() else torch.full((len(rank), 1), NOTHING)
 
     def _exact(self, context: Context, env: dict[fx.Node, Value], end: fx.Node, step: int, clock: int) -> Abstract:

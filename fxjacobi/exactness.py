@@ -220,6 +220,8 @@ def choose_ways(
     memory = steps * sum(size_in_bytes(spec_of(n)) for n in loop.body.graph.nodes if n.op != "output")
     if memory > _MEMORY:
         return Batching(None, (), math.inf, math.inf, f"all {steps} equations at once would take {memory >> 20} MiB")
+    if not all(isinstance(operand, (TensorSpec, torch.Tensor)) for operand in operands):
+        return Batching(None, (), math.inf, math.inf, "it reads a Python value of the loop around it")
     target, choices = Target(), list[Choice]()
     with torch.no_grad():
         try:

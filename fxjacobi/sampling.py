@@ -34,7 +34,9 @@ from fxjacobi.emit import size_in_bytes
 from fxjacobi.fewer_samples import FewerSamples, Samples, fewer_samples
 from fxjacobi.graph import spec_of
 from fxjacobi.loops import Invariant, Literal, Loop
+from fxjacobi.remembered import Remembered
 from fxjacobi.sampling_solve import SamplingSolve
+from fxjacobi.tail_layouts import Repeated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -56,8 +58,8 @@ class JacobiWrites(Explained):
         window: Update only this many steps, from the first that is not final (GS-Jacobi); ``None``: all.
         restrided: Lay selections out as the ordinary run does (see :func:`fxjacobi.array_programs.programs`).
         batch: Turns the tail, a Map loop, into a module that runs all steps at once with the same bits.
-        watched: The constants that the proof rests on, by name. When one was written to, the next call proves anew
-            from the operands' values, and runs the loop in the ordinary order if that fails.
+        watched: The constants that the proof rests on, by name. When the values of one changed, the next call proves
+            anew from the operands' values, and runs the loop in the ordinary order if that fails.
         drop: Leave samples of a batch that are final out of later sweeps (see :mod:`fxjacobi.fewer_samples`).
         measure: Do so only where it is measured to be faster.
         memory_limit: Bytes that the tail of one sweep may allocate; the window is made to fit.
@@ -93,17 +95,19 @@ class JacobiWrites(Explained):
         self.last: Solution | None = None
         self.warm_start = False
         self.previous: torch.Tensor | None = None
+        self._read: dict[str, int] = {}
+        self._remembered = Remembered(self.watched)
         self._adopt(proof, window, restrided)
 
     def _adopt(self, proof: CausalityProof, window: int | None, restrided: bool) -> None:
-        """Build the programs of ``proof``, which holds for the constants as they are now."""
+        """Build the programs of ``proof``."""
         begun = time.perf_counter()
         structure = proof.structure
-        self._versions = {name: tensor._version for name, tensor in self.watched.items()}
         self.proof = proof
         self.refused = False
         self.checked = False
         self.restrided = restrided
+        self._repeated = Repeated(structure)
         self.loop: Loop = structure.loop
         self.proof_sentence = str(proof)
         self.fewer: FewerSamples | None = None
@@ -211,6 +215,10 @@ class JacobiWrites(Explained):
         with torch.no_grad():
             if not self._still_proven(operands):
                 return self._in_order(operands)
+            dense = self._repeated.missing(operands) if self.restrided else None
+            if dense is not None:
+                _log.debug("%s was recorded where it is expanded, and here it is not", dense)
+                return self._in_order(operands)
             form = self._forms.of(operands)
             captured = None if form is None else form(operands)
             if captured is not None:
@@ -239,18 +247,23 @@ class JacobiWrites(Explained):
         return tuple(self.loop(*operands))
 
     def _still_proven(self, operands: Sequence[Any]) -> bool:
-        if all(tensor._version == self._versions[name] for name, tensor in self.watched.items()):
+        if self._remembered.unchanged(self._rests_on(operands)):
             return not self.refused
-        invariants = {b.operand for b in self.loop.bindings if isinstance(b, Invariant)}
-        values = [operand_value(o, f"operand {i}" if i in invariants else None) for i, o in enumerate(operands)]
-        outcome = prove(self.loop, values)
+        invariants = {b.operand: f"operand {b.operand}" for b in self.loop.bindings if isinstance(b, Invariant)}
+        outcome = prove(self.loop, [operand_value(o, invariants.get(i)) for i, o in enumerate(operands)])
         self.refused = isinstance(outcome, Refusal)
+        # An operand may be an argument of the call, another at the next one: a proof that read it holds for its values.
+        reads = frozenset[str]() if isinstance(outcome, Refusal) else outcome.reads
+        self._read = {name: operand for operand, name in invariants.items() if name in reads}
+        self._remembered = Remembered(self._rests_on(operands))
         if isinstance(outcome, Refusal):
-            self._versions = {name: tensor._version for name, tensor in self.watched.items()}
             self.reason = f"a constant that the proof rested on was changed: {outcome}"
             return False
         self._adopt(outcome, self.window, self.restrided)
         return True
+
+    def _rests_on(self, operands: Sequence[Any]) -> dict[str, torch.Tensor]:
+        return self.watched | {name: operands[operand] for name, operand in self._read.items()}
 
     def extra_repr(self) -> str:
         """Show the sizes."""

@@ -24,21 +24,20 @@ import torch
 from torch import fx, nn
 
 from fxjacobi import ops
-from fxjacobi.array_programs import programs
 from fxjacobi.assemble import assemble
 from fxjacobi.causal_rules.domain import Value, constant
 from fxjacobi.causal_rules.interpreter import interpret
 from fxjacobi.causal_rules.registry import Context, fill
 from fxjacobi.causality import CausalityProof, Refusal, prove
 from fxjacobi.device.hazards import indexes_by_guess
-from fxjacobi.device.rehearsal import rehearse_call
-from fxjacobi.graph import TensorSpec, spec_of
+from fxjacobi.graph import spec_of
 from fxjacobi.loops import Loop, Table
 from fxjacobi.passes.base import Pass, PassResult
 from fxjacobi.passes.batch_tail import batch_tail
 from fxjacobi.passes.replace_blocks import replace_blocks
 from fxjacobi.rule_table import overloads
 from fxjacobi.sampling import JacobiWrites
+from fxjacobi.tail_layouts import layout_matters, others_matter, packed
 from fxjacobi.unroll_inner import unroll_inner
 
 __all__ = ["CollapseSampling"]
@@ -46,7 +45,6 @@ __all__ = ["CollapseSampling"]
 _log = logging.getLogger(__name__)
 
 _WRITES = frozenset([ops.write, *overloads("select_scatter", "slice_scatter", "index_put")])
-_TRIALS = 4
 
 _WINDOW = 64
 """Steps of a window that was asked for without its size."""
@@ -78,11 +76,12 @@ class CollapseSampling(Pass):
         return replace_blocks(module, lambda loop, node: self._collapse(module, loop, node))
 
     def _collapse(self, module: fx.GraphModule, loop: Loop, node: fx.Node) -> nn.Module:
-        if not any(inner.target in _WRITES for inner in loop.body.graph.nodes):
-            return loop
-        if not self.collapse:
-            return loop.with_reason("not collapsed: the ordinary order was asked for")
         rolled, loop = loop, unroll_inner(loop)
+        if not any(inner.target in _WRITES for inner in loop.body.graph.nodes):
+            return rolled
+        if not self.collapse:
+            return rolled.with_reason("not collapsed: the ordinary order was asked for")
+        loop = packed(loop, node.args)
         top_level = node.graph is module.graph
         outcome: CausalityProof | Refusal
         if top_level:
@@ -97,14 +96,20 @@ class CollapseSampling(Pass):
         structure = outcome.structure
         hazard = indexes_by_guess(structure.loop.body, [structure.array])
         if structure.array_spec.device.type != "cpu" and hazard is not None:
-            return loop.with_reason(
+            return rolled.with_reason(
                 f"not collapsed: {hazard}, which would stop the device where the guess is out of range"
+            )
+        restrided = layout_matters(outcome)
+        other = others_matter(outcome, node.args, restrided=restrided) if self.exact else None
+        if other is not None:
+            return rolled.with_reason(
+                f"not collapsed: {other} is laid out otherwise at other steps, and bits depend on it"
             )
         watched = {name: attrgetter(name)(module) for name in outcome.reads}
         return JacobiWrites(
             outcome,
             window=self._window(outcome),
-            restrided=layout_matters(outcome),
+            restrided=restrided,
             batch=self._batched,
             watched=watched,
             measure=self.measure,
@@ -188,45 +193,3 @@ def _slice(module: fx.GraphModule, chosen: set[fx.Node]) -> tuple[fx.GraphModule
         copies[node].meta = dict(node.meta)
     graph.output(())
     return assemble(graph, module), copies  # no code is generated: nobody runs it
-
-
-def layout_matters(proof: CausalityProof) -> bool:
-    """Whether the tail's bits depend on the strides of what it selects, measured on random values.
-
-    A selection ``y[:, t]`` is strided in the ordinary run and contiguous in the collapsed one; some kernels round
-    otherwise for the one than for the other (sigmoid on CPUs: vectorised or not).
-    """
-    steps = proof.structure.trip_count
-    plain = programs(proof, steps=steps, restrided=False)
-    laid_out = programs(proof, steps=steps, restrided=True)
-    if not any(node.target is ops.restride for node in laid_out.tail.body.graph.nodes):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    placeholders = [node for node in plain.tail.body.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad():
-        for trial in range(_TRIALS):
-            arguments = [
-                binding.values[trial % steps] if spec_of(node) is None and hasattr(binding, "values")
-                else _random(node, generator)
-                for node, binding in zip(placeholders, plain.tail.bindings, strict=True)
-            ]  # fmt: skip
-            if rehearse_call(plain.tail.body, arguments) is not None:
-                return True
-            try:
-                left, right = plain.tail.body(*arguments), laid_out.tail.body(*arguments)
-            except (RuntimeError, IndexError, ValueError) as error:
-                # Random values may be outside an operation's domain (an index): then nothing was measured.
-                _log.debug("layouts are kept, the tail does not run on random values: %s", error)
-                return True
-            for a, b in zip(left, right, strict=True):
-                if isinstance(a, torch.Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()):
-                    return True
-    return False
-
-
-def _random(node: fx.Node, generator: torch.Generator) -> object:
-    spec = spec_of(node)
-    assert isinstance(spec, TensorSpec)
-    if spec.dtype.is_floating_point or spec.dtype.is_complex:
-        return (torch.randn(spec.shape, generator=generator, dtype=torch.float32) * 2).to(spec.dtype).to(spec.device)
-    return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype).to(spec.device)

@@ -311,6 +311,60 @@ def test_a_mask_changed_after_the_proof_is_noticed() -> None:
     assert block_of(module).refused
 
 
+def through_data(mask: torch.Tensor, value: torch.Tensor) -> None:
+    mask.data.copy_(value)
+
+
+def through_numpy(mask: torch.Tensor, value: torch.Tensor) -> None:
+    mask.detach().numpy()[...] = value.numpy()
+
+
+def as_data(mask: torch.Tensor, value: torch.Tensor) -> None:
+    mask.data = value.clone()
+
+
+@pytest.mark.parametrize("change", [through_data, through_numpy, as_data])
+@pytest.mark.parametrize("constant", ["mask", "weight"])
+def test_a_constant_changed_past_its_version_is_noticed(
+    change: Callable[[torch.Tensor, torch.Tensor], None], constant: str
+) -> None:
+    net: nn.Module = made(SIZE, 32) if constant == "mask" else nn.Linear(SIZE, 2 * SIZE)
+    holder: torch.Tensor = net[2].mask if constant == "mask" else net.weight  # type: ignore[index, assignment]
+    with torch.no_grad():
+        holder *= torch.ones(SIZE, SIZE).tril(-1).repeat(2, 1) if constant == "weight" else 1
+    module, equal = solved(logistic, net, 3, SIZE)
+    assert equal
+    proven = holder.detach().clone()
+    for value, refused in [(torch.ones_like(proven), True), (proven, False), (proven * 2, False)]:
+        change(holder, value)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            wanted = logistic(net, 3, SIZE)
+            torch.manual_seed(3)
+            (found,) = module()
+        assert same(found, wanted)
+        assert block_of(module).refused is refused
+
+
+def test_a_proof_made_anew_holds_for_the_arguments_that_it_read() -> None:
+    mask, weight = torch.ones(SIZE, SIZE).tril(-1), torch.randn(SIZE, SIZE)
+
+    def sample(given: torch.Tensor) -> torch.Tensor:
+        x = torch.zeros(3, SIZE)
+        for t in range(SIZE):
+            x[:, t] = torch.tanh(x @ (weight * mask * given).T)[:, t] + 1
+        return x
+
+    strict, whole = torch.ones(SIZE, SIZE).tril(-1), torch.ones(SIZE, SIZE)
+    with torch.no_grad():
+        module = CollapseSampling().run(rolled(sample, whole)).module
+        for given, refused in [(whole, False), (strict, False), (whole, True), (strict, True)]:
+            if given is strict:
+                mask.fill_(1)  # only the argument makes the network causal now
+            assert same(module(given)[0], sample(given))
+            assert block_of(module).refused is refused
+
+
 def test_training_the_weights_does_not_void_the_proof() -> None:
     net = made(SIZE, 32)
     module, _ = solved(logistic, net, 3, SIZE)

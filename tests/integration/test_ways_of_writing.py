@@ -1,0 +1,93 @@
+"""Sampling loops that fill their array in other ways than column by column: one scalar a step, through a view."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import fxjacobi
+from fxjacobi.loops import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SIZE, SAMPLES = 8, 3
+WEIGHT = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)).tril(-1)
+
+
+def net(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x) @ WEIGHT.T
+
+
+def check(run: Callable[[torch.Tensor], torch.Tensor]) -> fxjacobi.SolvedModule:
+    """Compare a few calls with the ordinary run; nothing may have to be repaired."""
+    compiled = fxjacobi.compile(torch.no_grad()(run), measure=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(3):
+            y = torch.randn(SAMPLES)
+            torch.manual_seed(seed)
+            found, state = compiled(y), torch.get_rng_state()
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                assert torch.equal(found, run(y))
+            assert torch.equal(state, torch.get_rng_state())
+    return compiled
+
+
+def is_collapsed(compiled: fxjacobi.SolvedModule) -> bool:
+    return Kind.WRITES in {block.kind for block in compiled.plan.blocks}
+
+
+def one_array(y: torch.Tensor) -> torch.Tensor:
+    x = torch.zeros(SIZE)
+    for t in range(SIZE):
+        x[t] = torch.tanh(net(x)[t]) + y[0] + torch.randn(())
+    return x
+
+
+def sample_by_sample(y: torch.Tensor) -> torch.Tensor:
+    x = torch.zeros(SAMPLES, SIZE)
+    for b in range(SAMPLES):
+        for t in range(SIZE):
+            x[b, t] = torch.tanh(net(x)[b, t]) + y[b] + torch.rand(1)[0]
+    return x
+
+
+def each_sample_by_itself(y: torch.Tensor) -> torch.Tensor:
+    x = torch.zeros(SAMPLES, SIZE)
+    for b in range(SAMPLES):
+        for t in range(SIZE):
+            x[b, t] = torch.tanh(net(x[b])[t]) + y[b]
+    return x
+
+
+def sample_within_step(y: torch.Tensor) -> torch.Tensor:
+    x = torch.zeros(SAMPLES, SIZE)
+    for t in range(SIZE):
+        h = torch.tanh(net(x))
+        for b in range(SAMPLES):
+            x[b, t] = h[b, t] + y[b] + torch.randn(())
+    return x
+
+
+@pytest.mark.parametrize("run", [one_array, sample_by_sample, each_sample_by_itself, sample_within_step])
+def test_one_scalar_a_step(run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    assert is_collapsed(check(run))
+
+
+def test_a_scalar_that_depends_on_itself_is_refused() -> None:
+    def run(y: torch.Tensor) -> torch.Tensor:
+        x = torch.ones(SIZE)
+        for t in range(SIZE):
+            x[t] = torch.tanh((WEIGHT + torch.eye(SIZE)) @ x)[t] + y[0]
+        return x
+
+    compiled = check(run)
+    assert not is_collapsed(compiled)
+    assert any(
+        "of the array, written at step 0, depends on itself through aten.mv" in b.reason for b in compiled.plan.blocks
+    )
