@@ -271,6 +271,7 @@ def tenth(_: nn.Module, gradients: Any) -> tuple[torch.Tensor]:
     return (gradients[0] * 0.1,)
 
 
+@pytest.mark.filterwarnings("ignore:runs as it is:fxjacobi.errors.CaptureWarning")
 def test_backward_hooks_are_seen() -> None:
     linear = nn.Linear(3, 3)
 
