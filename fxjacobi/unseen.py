@@ -43,7 +43,7 @@ _HUNG = (
 )
 _NODE = (
     "hands out a node of the run's own graph of gradients, on which hooks may hang",
-    "read it outside the compiled function",
+    "hang hooks on what the compiled function takes or returns, outside it",
 )
 _SEEDED = ("sets a random generator inside the run", "seed before the call, or pass a generator that is seeded outside")
 _SEED_READ = ("reads a random generator's seed inside the run", "pass the seed as an argument")

@@ -13,6 +13,7 @@ from torch import nn
 import fxjacobi
 from fxjacobi.capture import record
 from fxjacobi.graph import is_random
+from fxjacobi.ops import draw_each
 from fxjacobi.trees import split
 
 if TYPE_CHECKING:
@@ -96,6 +97,17 @@ def test_one_generator_is_one_attribute_of_the_graph() -> None:
     assert len([n for n in captured.graph_module.graph.nodes if n.op == "get_attr" and "generator" in n.name]) == 1
     assert sum(is_random(n) for n in captured.graph_module.graph.nodes) == 90
     assert [g.device.type for g, _ in captured.generators] == ["cpu"]
+
+
+@pytest.mark.parametrize("op", [torch.ops.aten.rand.generator, torch.ops.aten.randn.generator])
+@pytest.mark.parametrize("inside", [True, False])
+def test_grouped_draws_are_the_generators_in_order(op: Any, inside: bool) -> None:
+    _generator.manual_seed(0)
+    found = draw_each(op, 5, ([3, 7],), {"generator": _generator}, filled=False, inside=inside)
+    left = _generator.get_state()
+    _generator.manual_seed(0)
+    assert all(torch.equal(each, op([3, 7], generator=_generator)) for each in found)
+    assert torch.equal(left, _generator.get_state())
 
 
 def test_a_generator_made_inside_the_run_is_refused() -> None:
