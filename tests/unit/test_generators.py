@@ -162,6 +162,18 @@ def test_a_random_object_that_is_only_there_is_no_obstacle() -> None:
     assert recorded.failure is None
 
 
+def test_objects_that_answer_no_question_are_no_obstacle() -> None:
+    class Shy:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+        def __call__(self) -> float:
+            return 0.5
+
+    recorded = record(_Holds([Shy()], lambda r: r[0]()), (torch.ones(4),), {})
+    assert recorded.failure is None
+
+
 def test_a_random_object_that_only_the_run_showed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     namespace: dict[str, Any] = {"rng": np.random.default_rng(0)}
     exec("def step(x):\n    return x.mul(rng.random())", namespace)  # code of another module, reached by its name only
