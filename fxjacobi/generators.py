@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +82,11 @@ def _kind(each: Any) -> str:
 
 
 def _reached(watch: Watch) -> list[Any]:
-    """The random objects that ``watch`` reached, by themselves or as what a method is bound to."""
+    """The random objects that ``watch`` reached, by themselves or as what a method of theirs in C is bound to."""
     kinds = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
     found = []
     for value in list(watch._seen.values()):
-        each = value if isinstance(value, kinds) else getattr(value, "__self__", None) if callable(value) else None
+        each = value.__self__ if isinstance(value, types.BuiltinMethodType) else value
         if isinstance(each, kinds) and not isinstance(each, random.SystemRandom):
             found.append(each)
     return found

@@ -57,7 +57,9 @@ def draw(
 
 _BUILTIN: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
     torch.ops.aten.rand.default: torch.rand,
+    torch.ops.aten.rand.generator: torch.rand,
     torch.ops.aten.randn.default: torch.randn,
+    torch.ops.aten.randn.generator: torch.randn,
 }
 """The same operations by a shorter way (measured: 1.6 us a call instead of 5)."""
 
@@ -94,11 +96,11 @@ def draw_each(
     """
     if filled:
         return tuple([draw(op, *args, **kwargs) for _ in range(count)])
-    if inside and op is torch.ops.aten.rand.default:
+    one: Callable[..., torch.Tensor] = _BUILTIN.get(op, op)
+    if inside and one is torch.rand:
         together = _uniform(count, *args, **kwargs)
         if together is not None:
             return together
-    one: Callable[..., torch.Tensor] = _BUILTIN.get(op, op)
     return tuple([one(*args, **kwargs) for _ in range(count)])
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import random
 import threading
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -41,10 +43,11 @@ _HUNG = (
 )
 _NODE = (
     "hands out a node of the run's own graph of gradients, on which hooks may hang",
-    "read it outside the compiled function",
+    "hang hooks on what the compiled function takes or returns, outside it",
 )
 _SEEDED = ("sets a random generator inside the run", "seed before the call, or pass a generator that is seeded outside")
 _SEED_READ = ("reads a random generator's seed inside the run", "pass the seed as an argument")
+_SEEDED_PYTHON = (_SEEDED[0], "seed before the call, and draw with torch")
 
 _lock = threading.Lock()
 _recordings: dict[int, list[tuple[Recorder, Outliner]]] = {}  # by thread, the innermost last
@@ -113,6 +116,8 @@ def _replace_all() -> None:
     # It sets a state back as well, but as it ends, from a line of contextlib's.
     _replace(torch.random, "fork_rng", _refusing("torch.random.fork_rng", torch.random.fork_rng, _SEEDED))
     _replace_in_generators()
+    for module, name in ((random, "seed"), (random, "setstate"), (np.random, "seed"), (np.random, "set_state")):
+        _replace(module, name, _refusing(f"{module.__name__}.{name}", getattr(module, name), _SEEDED_PYTHON))
 
 
 def _refusing(

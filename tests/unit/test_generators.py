@@ -13,6 +13,7 @@ from torch import nn
 import fxjacobi
 from fxjacobi.capture import record
 from fxjacobi.graph import is_random
+from fxjacobi.ops import draw_each
 from fxjacobi.trees import split
 
 if TYPE_CHECKING:
@@ -98,6 +99,17 @@ def test_one_generator_is_one_attribute_of_the_graph() -> None:
     assert [g.device.type for g, _ in captured.generators] == ["cpu"]
 
 
+@pytest.mark.parametrize("op", [torch.ops.aten.rand.generator, torch.ops.aten.randn.generator])
+@pytest.mark.parametrize("inside", [True, False])
+def test_grouped_draws_are_the_generators_in_order(op: Any, inside: bool) -> None:
+    _generator.manual_seed(0)
+    found = draw_each(op, 5, ([3, 7],), {"generator": _generator}, filled=False, inside=inside)
+    left = _generator.get_state()
+    _generator.manual_seed(0)
+    assert all(torch.equal(each, op([3, 7], generator=_generator)) for each in found)
+    assert torch.equal(left, _generator.get_state())
+
+
 def test_a_generator_made_inside_the_run_is_refused() -> None:
     def makes(x: torch.Tensor) -> torch.Tensor:
         return x + torch.rand(4, generator=torch.Generator())
@@ -147,6 +159,18 @@ def test_draws_from_random_objects_are_refused(source: Any, draw: Callable[[Any]
 
 def test_a_random_object_that_is_only_there_is_no_obstacle() -> None:
     recorded = record(_Holds(random.Random(0), lambda r: 0.5), (torch.ones(4),), {})
+    assert recorded.failure is None
+
+
+def test_objects_that_answer_no_question_are_no_obstacle() -> None:
+    class Shy:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+        def __call__(self) -> float:
+            return 0.5
+
+    recorded = record(_Holds([Shy()], lambda r: r[0]()), (torch.ones(4),), {})
     assert recorded.failure is None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -47,6 +49,16 @@ def _seeds_a_generator(x: torch.Tensor) -> torch.Tensor:
     return x + torch.randn(4, generator=_generator)
 
 
+def _seeds_python(x: torch.Tensor) -> torch.Tensor:
+    random.seed(0)
+    return x * random.random()
+
+
+def _seeds_numpy(x: torch.Tensor) -> torch.Tensor:
+    np.random.seed(0)
+    return x * float(np.random.rand())
+
+
 def _reads_the_seed(x: torch.Tensor) -> torch.Tensor:
     return x + torch.initial_seed()
 
@@ -63,6 +75,8 @@ def _requires_gradients(x: torch.Tensor) -> torch.Tensor:
         (_sets_the_state, "set_state sets a random generator"),
         (_seeds_at_random, "seed sets a random generator"),
         (_seeds_a_generator, "manual_seed sets a random generator"),
+        (_seeds_python, "random.seed sets a random generator"),
+        (_seeds_numpy, "random.seed sets a random generator"),
         (_reads_the_seed, "initial_seed reads a random generator's seed"),
         (_requires_gradients, "requires_grad_ decides inside the run what has gradients"),
     ],
