@@ -20,7 +20,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxjacobi import ops
-from fxjacobi.array_paths import NotAnArrayLoop, numel, positions_of, selection, write_chain, written_part
+from fxjacobi.array_paths import NotAnArrayLoop, Steps, numel, positions_of, selection, write_chain, written_part
 from fxjacobi.assemble import assemble
 from fxjacobi.equations import is_effect, resting_on
 from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
@@ -204,10 +204,10 @@ def array_loop(loop: Loop) -> ArrayLoop:
     bindings = dict(zip(placeholders, loop.bindings, strict=True))
     outputs = body.graph.output_node().args[0]
     assert isinstance(outputs, tuple)
-    array, found, states = _carried(body, bindings, outputs)
+    steps = Steps.of(loop)
+    array, found, states = _carried(body, bindings, outputs, steps)
     carry = bindings[array]
     versions = [array, *(node for node, _, _ in found)]
-    literals = {node: bindings[node].values for node in placeholders if isinstance(bindings[node], Literal)}
 
     per_step: set[fx.Node] = {node for node in placeholders if isinstance(bindings[node], (Literal, Scanned, Table))}
     per_step |= set(states)
@@ -225,19 +225,19 @@ def array_loop(loop: Loop) -> ArrayLoop:
     for node, value, path in found:
         if not isinstance(value, fx.Node):
             raise NotAnArrayLoop(f"{node} writes a Python value")
-        writes.append(Write(node, value, positions_of(array, path, literals, loop.trip_count)))
+        writes.append(Write(node, value, positions_of(array, path, steps)))
 
     needed, guards = _needed(nodes, versions, outputs, [write.value for write in writes])
     paths = {}
     for node in nodes:
         if node in needed and node in per_step:
-            source_path = selection(node, per_step, literals)
+            source_path = selection(node, per_step, steps, versions)
             if source_path is not None:
                 paths[node] = source_path
     tail_users = _tail_users(needed, per_step, paths, outputs, writes, guards)
     tail = tuple(node for node in nodes if node in tail_users and node not in paths and node.op != "placeholder")
     kept = {
-        node: Access(node, source, positions_of(source, path, literals, loop.trip_count))
+        node: Access(node, source, positions_of(source, path, steps))
         for node, (source, path) in paths.items()
         if node in tail_users
     }
@@ -258,7 +258,7 @@ def array_loop(loop: Loop) -> ArrayLoop:
 
 
 def _carried(
-    body: fx.GraphModule, bindings: dict[fx.Node, Any], outputs: tuple[Any, ...]
+    body: fx.GraphModule, bindings: dict[fx.Node, Any], outputs: tuple[Any, ...], steps: Steps
 ) -> tuple[fx.Node, list[tuple[fx.Node, Any, Path]], dict[fx.Node, Carried]]:
     """Return the array that the loop fills, its writes, and what it carries beside it."""
     carries = {node: b for node, b in bindings.items() if isinstance(b, Carried)}
@@ -266,14 +266,14 @@ def _carried(
     reason: NotAnArrayLoop | None = None
     for node, binding in carries.items():
         try:
-            chains[node] = write_chain(outputs[binding.output], node)
+            chains[node] = write_chain(outputs[binding.output], node, steps)
         except NotAnArrayLoop as no_chain:
             reason = reason or no_chain
     if len(chains) != 1:
         if len(carries) == 1 and reason is not None:
             raise reason
         producers = [_producer(body, binding.output) for binding in carries.values()]
-        others = [node for node in producers if node is not None and written_part(node) is None]
+        others = [node for node in producers if node is not None and written_part(node, steps) is None]
         what = "".join(f"; {node.target} at {site_of(node)} makes one" for node in others[:1])
         raise NotAnArrayLoop(
             f"the body carries {len(carries)} values, of which it fills {len(chains)} position by position{what}",

@@ -91,3 +91,47 @@ def test_a_scalar_that_depends_on_itself_is_refused() -> None:
     assert any(
         "of the array, written at step 0, depends on itself through aten.mv" in b.reason for b in compiled.plan.blocks
     )
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "transposed": torch.t,
+    "split": lambda x: x.view(len(x), 2, SIZE // 2),
+    "split and transposed": lambda x: x.view(len(x), 2, SIZE // 2).transpose(0, 1),
+    "channels last": lambda x: x.view(len(x), 1, 2, SIZE // 2).permute(0, 2, 3, 1),
+    "squeezed": lambda x: x.unsqueeze(1).unsqueeze(0).squeeze(0),
+    "flat": lambda x: x.view(-1),
+    "part": lambda x: x[:, 1:-1].t()[1:],
+    "unbound": lambda x: x.T.unbind()[0].unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("name", sorted(VIEWS))
+def test_through_a_view(name: str, adds: bool, given: bool) -> None:
+    places = VIEWS[name](torch.arange(SAMPLES * SIZE).view(SAMPLES, SIZE))
+    columns = [places == t + SIZE * torch.arange(SAMPLES).view(-1, *[1] * places.dim()) for t in range(SIZE)]
+    # For each column of the array, where its elements are in the view: all samples at once where they lie in a line.
+    order = [[tuple(each.nonzero()[0].tolist()) for each in found if each.any()] for found in columns]
+
+    def run(start: torch.Tensor) -> torch.Tensor:
+        x = start if given else torch.zeros(SAMPLES, SIZE)
+        seen = VIEWS[name](x)
+        for t, places in enumerate(order):
+            value = torch.tanh(net(x)[:, t]) + 1
+            for sample, place in enumerate(places):
+                if adds:
+                    seen[place] += value[sample]
+                else:
+                    seen[place] = value[sample]
+        return x
+
+    compiled = fxjacobi.compile(torch.no_grad()(run), measure=False)
+    for _ in range(3):
+        start, other = (torch.zeros(SAMPLES * SIZE + 1)[1:].view(SAMPLES, SIZE) for _ in range(2))  # not aligned
+        other.copy_(start.normal_())
+        with torch.no_grad():
+            wanted = run(other)
+            assert torch.equal(compiled(start), wanted)
+            assert not given or torch.equal(start, wanted)
+    assert name == "unbound" or is_collapsed(compiled), [b.reason for b in compiled.plan.blocks]
