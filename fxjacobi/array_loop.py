@@ -23,7 +23,7 @@ from fxjacobi import ops
 from fxjacobi.array_paths import NotAnArrayLoop, Steps, numel, positions_of, selection, write_chain, written_part
 from fxjacobi.assemble import assemble
 from fxjacobi.equations import is_effect, resting_on
-from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
+from fxjacobi.graph import TensorSpec, operation_of, site_of, spec_of, stamp
 from fxjacobi.inline_calls import inline_calls
 from fxjacobi.loops import Carried, Literal, Loop, Scanned, Table
 
@@ -165,7 +165,10 @@ class ArrayLoop:
             used in self.versions or used in self.touched for used in self.uses(end) if used not in self.accesses
         ):
             return None
+        rests = resting_on([end])
         for node in self.tail:
+            if node not in rests:
+                continue
             inputs = [used for used in node.all_input_nodes if used not in self.accesses]
             own = [used for used in inputs if used in self.per_step and used not in self.touched]
             if own and any(used in self.versions or used in self.touched for used in inputs):
@@ -220,7 +223,7 @@ def array_loop(loop: Loop) -> ArrayLoop:
         if any(used in touched or used in versions for used in node.all_input_nodes):
             touched.add(node)
         if _draws(node):
-            raise NotAnArrayLoop(f"{node.target} at {site_of(node)} draws random numbers inside the loop", node)
+            raise NotAnArrayLoop(f"{operation_of(node)} at {site_of(node)} draws random numbers inside the loop", node)
     writes = []
     for node, value, path in found:
         if not isinstance(value, fx.Node):
@@ -274,7 +277,7 @@ def _carried(
             raise reason
         producers = [_producer(body, binding.output) for binding in carries.values()]
         others = [node for node in producers if node is not None and written_part(node, steps) is None]
-        what = "".join(f"; {node.target} at {site_of(node)} makes one" for node in others[:1])
+        what = "".join(f"; {operation_of(node)} at {site_of(node)} makes one" for node in others[:1])
         raise NotAnArrayLoop(
             f"the body carries {len(carries)} values, of which it fills {len(chains)} position by position{what}",
             others[0] if others else None,

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from fxjacobi import ops
 from fxjacobi.affine_positions import affine_positions
 from fxjacobi.causal_rules.views import VIEWS
-from fxjacobi.graph import TensorSpec, spec_of
+from fxjacobi.graph import TensorSpec, operation_of, site_of, spec_of
 from fxjacobi.loops import Literal
 from fxjacobi.rule_table import overloads
 
@@ -257,7 +257,12 @@ def write_chain(node: Any, array: fx.Node, steps: Steps) -> list[tuple[fx.Node, 
     while node is not array:
         write = written_part(node, steps) if isinstance(node, fx.Node) else None
         if write is None:
-            raise NotAnArrayLoop(f"the carried value is not written in part: {node} makes all of it anew")
+            made = operation_of(node) if isinstance(node, fx.Node) and node.op == "call_function" else str(node)
+            site = site_of(node) if isinstance(node, fx.Node) else None
+            where = f" at {site}" if site else ""
+            raise NotAnArrayLoop(
+                f"the carried value is not written in part: {made} ({node}){where} makes all of it anew"
+            )
         found.append((node, write[1], write[2]))
         node = write[0]
     if not found:
