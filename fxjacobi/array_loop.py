@@ -20,10 +20,10 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxjacobi import ops
-from fxjacobi.array_paths import NotAnArrayLoop, numel, positions_of, selection, write_chain, written_part
+from fxjacobi.array_paths import NotAnArrayLoop, Steps, numel, positions_of, selection, write_chain, written_part
 from fxjacobi.assemble import assemble
 from fxjacobi.equations import is_effect, resting_on
-from fxjacobi.graph import TensorSpec, site_of, spec_of, stamp
+from fxjacobi.graph import TensorSpec, operation_of, site_of, spec_of, stamp
 from fxjacobi.inline_calls import inline_calls
 from fxjacobi.loops import Carried, Literal, Loop, Scanned, Table
 
@@ -165,7 +165,10 @@ class ArrayLoop:
             used in self.versions or used in self.touched for used in self.uses(end) if used not in self.accesses
         ):
             return None
+        rests = resting_on([end])
         for node in self.tail:
+            if node not in rests:
+                continue
             inputs = [used for used in node.all_input_nodes if used not in self.accesses]
             own = [used for used in inputs if used in self.per_step and used not in self.touched]
             if own and any(used in self.versions or used in self.touched for used in inputs):
@@ -204,10 +207,10 @@ def array_loop(loop: Loop) -> ArrayLoop:
     bindings = dict(zip(placeholders, loop.bindings, strict=True))
     outputs = body.graph.output_node().args[0]
     assert isinstance(outputs, tuple)
-    array, found, states = _carried(body, bindings, outputs)
+    steps = Steps.of(loop)
+    array, found, states = _carried(body, bindings, outputs, steps)
     carry = bindings[array]
     versions = [array, *(node for node, _, _ in found)]
-    literals = {node: bindings[node].values for node in placeholders if isinstance(bindings[node], Literal)}
 
     per_step: set[fx.Node] = {node for node in placeholders if isinstance(bindings[node], (Literal, Scanned, Table))}
     per_step |= set(states)
@@ -220,24 +223,24 @@ def array_loop(loop: Loop) -> ArrayLoop:
         if any(used in touched or used in versions for used in node.all_input_nodes):
             touched.add(node)
         if _draws(node):
-            raise NotAnArrayLoop(f"{node.target} at {site_of(node)} draws random numbers inside the loop", node)
+            raise NotAnArrayLoop(f"{operation_of(node)} at {site_of(node)} draws random numbers inside the loop", node)
     writes = []
     for node, value, path in found:
         if not isinstance(value, fx.Node):
             raise NotAnArrayLoop(f"{node} writes a Python value")
-        writes.append(Write(node, value, positions_of(array, path, literals, loop.trip_count)))
+        writes.append(Write(node, value, positions_of(array, path, steps)))
 
     needed, guards = _needed(nodes, versions, outputs, [write.value for write in writes])
     paths = {}
     for node in nodes:
         if node in needed and node in per_step:
-            source_path = selection(node, per_step, literals)
+            source_path = selection(node, per_step, steps, versions)
             if source_path is not None:
                 paths[node] = source_path
     tail_users = _tail_users(needed, per_step, paths, outputs, writes, guards)
     tail = tuple(node for node in nodes if node in tail_users and node not in paths and node.op != "placeholder")
     kept = {
-        node: Access(node, source, positions_of(source, path, literals, loop.trip_count))
+        node: Access(node, source, positions_of(source, path, steps))
         for node, (source, path) in paths.items()
         if node in tail_users
     }
@@ -258,7 +261,7 @@ def array_loop(loop: Loop) -> ArrayLoop:
 
 
 def _carried(
-    body: fx.GraphModule, bindings: dict[fx.Node, Any], outputs: tuple[Any, ...]
+    body: fx.GraphModule, bindings: dict[fx.Node, Any], outputs: tuple[Any, ...], steps: Steps
 ) -> tuple[fx.Node, list[tuple[fx.Node, Any, Path]], dict[fx.Node, Carried]]:
     """Return the array that the loop fills, its writes, and what it carries beside it."""
     carries = {node: b for node, b in bindings.items() if isinstance(b, Carried)}
@@ -266,15 +269,15 @@ def _carried(
     reason: NotAnArrayLoop | None = None
     for node, binding in carries.items():
         try:
-            chains[node] = write_chain(outputs[binding.output], node)
+            chains[node] = write_chain(outputs[binding.output], node, steps)
         except NotAnArrayLoop as no_chain:
             reason = reason or no_chain
     if len(chains) != 1:
         if len(carries) == 1 and reason is not None:
             raise reason
         producers = [_producer(body, binding.output) for binding in carries.values()]
-        others = [node for node in producers if node is not None and written_part(node) is None]
-        what = "".join(f"; {node.target} at {site_of(node)} makes one" for node in others[:1])
+        others = [node for node in producers if node is not None and written_part(node, steps) is None]
+        what = "".join(f"; {operation_of(node)} at {site_of(node)} makes one" for node in others[:1])
         raise NotAnArrayLoop(
             f"the body carries {len(carries)} values, of which it fills {len(chains)} position by position{what}",
             others[0] if others else None,

@@ -34,8 +34,9 @@ from fxjacobi.causal_rules.finite_masks import LIMIT
 from fxjacobi.causal_rules.interpreter import interpret
 from fxjacobi.causal_rules.registry import Context, tensors_in
 from fxjacobi.causality_proof import CausalityProof, Refusal, UnknownOp
-from fxjacobi.graph import TensorSpec, site_of, spec_of
+from fxjacobi.graph import TensorSpec, operation_of, site_of, spec_of
 from fxjacobi.loops import Carried, Invariant, Literal, Loop, Scanned, Table
+from fxjacobi.rule_table import overloads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["CausalityProof", "Refusal", "UnknownOp", "prove"]
 
 _log = logging.getLogger(__name__)
+
+_SELECTS = frozenset(overloads("index.Tensor", "index_select", "gather", "take_along_dim", "take"))
 
 
 def prove(loop: Loop, operands: Sequence[Value] | None = None, *, thorough: bool = True) -> CausalityProof | Refusal:
@@ -66,7 +69,7 @@ def prove(loop: Loop, operands: Sequence[Value] | None = None, *, thorough: bool
         node = reason.node
         if node is None:
             return Refusal(str(reason))
-        return Refusal(str(reason), node=node.name, op=str(node.target), site=str(site_of(node) or "") or None)
+        return Refusal(str(reason), node=node.name, op=operation_of(node), site=str(site_of(node) or "") or None)
 
 
 _structures: WeakKeyDictionary[Loop, ArrayLoop] = WeakKeyDictionary()
@@ -262,7 +265,7 @@ class _Analysis:
         rank = exact.highest
         worst = int((exact.rank >= clock).reshape(-1).nonzero()[0]) if exact.rank.numel() else 0
         element = None
-        what = f"an output of the loop ({end})"
+        what = f"an output of the loop ({end}), computed"
         if order < count:
             write = structure.writes[order]
             positions = write.positions[step]
@@ -272,28 +275,30 @@ class _Analysis:
             element = tuple(
                 int(i) for i in torch.unravel_index(positions.reshape(-1)[worst], structure.array_spec.shape)
             )
-            what = f"element {list(element)} of the array"
+            what = f"element {list(element)} of the array, written"
         elif any(end in guard.args for guard in structure.guards):
-            what = f"the branch on {end}"
+            what = f"the branch on {end}, taken"
         stepped = structure.stepped(end)
         if not self.thorough or (context.attends and not context.finite_masks):
-            return Refusal(f"{what}, written at step {step}, depends on step {rank // count}", element, step, rank)
+            return Refusal(f"{what} at step {step}, depends on step {rank // count}", element, step, rank)
         culprit = blame(context, structure, env, end, step, clock, rank) if stepped is None else stepped[0]
         site = str(site_of(culprit) or "")
         unknown_ops = _named(context)
         names = "; operations without a rule: " + ", ".join(one.op for one in unknown_ops) if unknown_ops else ""
-        names += "".join(f"; {n.target} ({n.name}): {note}" for n, note in list(context.notes.items())[:1])
+        names += "".join(f"; {operation_of(n)} ({n.name}): {note}" for n, note in list(context.notes.items())[:1])
         where = f" at {site}" if site else ""
-        if stepped is not None:
+        if stepped is not None and culprit.target in _SELECTS and culprit.args[0] is not stepped[1]:
+            where += f", which selects by {stepped[1]}, a tensor; select by a number, and the network serves all steps"
+        elif stepped is not None:
             where += f", which reads {stepped[1]}, another value at each step, so that no network serves all steps"
         when = "itself" if rank == clock else f"step {rank // count}"
         return Refusal(
-            reason=f"{what}, written at step {step}, depends on {when} through {culprit.target} ({culprit.name}){where}{names}",
+            reason=f"{what} at step {step}, depends on {when} through {operation_of(culprit)} ({culprit.name}){where}{names}",
             element=element,
             step=step,
             rank=rank,
             node=culprit.name,
-            op=str(culprit.target),
+            op=operation_of(culprit),
             site=site or None,
             unknown_ops=unknown_ops,
         )

@@ -36,6 +36,7 @@ __all__ = [
     "check",
     "is_random",
     "make_module",
+    "operation_of",
     "site_of",
     "spec_of",
     "spec_of_value",
@@ -80,6 +81,11 @@ def spec_of_value(value: object) -> Spec:
     if isinstance(value, (tuple, list)):
         return tuple(spec_of_value(item) for item in value)
     return None
+
+
+def operation_of(node: fx.Node) -> str:
+    """Name ``node``'s operation in a sentence: ``aten.mm.default``, ``write``."""
+    return str(node.target) if isinstance(node.target, (str, torch._ops.OpOverload)) else node.target.__name__
 
 
 def spec_of(node: fx.Node) -> Spec:

@@ -10,11 +10,12 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fxjacobi.errors import GuardFailed
 from fxjacobi.placement import placed_copy, placed_empty
+from fxjacobi.remembered import same_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Index", "draw", "draw_each", "guard", "guard_steps", "restride", "write"]
+__all__ = ["Index", "draw", "draw_each", "guard", "guard_steps", "guard_tensor", "restride", "write"]
 
 Index: TypeAlias = "tuple[int | tuple[int, int, int] | None, ...]"
 """One entry a leading dimension: an ``int`` selects, ``(start, stop, step)`` slices, ``None`` takes all."""
@@ -128,6 +129,13 @@ def _frozen(value: object) -> object:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
+def guard_tensor(value: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise :class:`GuardFailed` unless a constant of the model has the values that places were taken from."""
+    same = (value.shape, value.dtype) == (expected.shape, expected.dtype)
+    if not same or not same_bytes(value.detach().to(expected.device), expected):
+        raise GuardFailed("a constant that says which elements are written was changed")
+
+
 def guard_steps(values: torch.Tensor, expected: tuple[bool | int | float | complex, ...]) -> None:
     """:func:`guard` of every step at once: ``values`` ``(T, ...)`` of one element a step, against ``expected`` ``T``."""
     for found, wanted in zip(values.reshape(-1).tolist(), expected, strict=True):
@@ -148,5 +156,5 @@ def restride(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     return result.copy_(part).expand(value.shape)
 
 
-GUARDS = frozenset({guard, guard_list, guard_shape, guard_steps})
+GUARDS = frozenset({guard, guard_list, guard_shape, guard_steps, guard_tensor})
 """The operations that are kept for their effect: a graph is valid only where all of them pass."""

@@ -15,7 +15,7 @@ from fxjacobi.bits import bits_of, same_bits
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Remembered"]
+__all__ = ["Remembered", "same_bytes"]
 
 
 class Remembered:
@@ -37,14 +37,15 @@ class Remembered:
                 return False
             if tensor.device.type != "cpu":
                 asked.append((bits_of(tensor) != bits_of(copy)).any())
-            elif not _same_bytes(tensor, copy):
+            elif not same_bytes(tensor, copy):
                 return False
         return not asked or not bool(torch.stack([one.to(asked[0].device) for one in asked]).any())
 
 
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """:func:`same_bits` in a fifth of the time, where both are dense."""
-    if not a.is_contiguous() or not b.is_contiguous() or a.is_neg() or a.is_conj():
+    apart = a.device.type != "cpu" or b.device.type != "cpu"
+    if apart or not a.is_contiguous() or not b.is_contiguous() or a.is_neg() or a.is_conj():
         return same_bits(a, b)
     x, y = (value.view(-1).view(torch.uint8).numpy() for value in (a, b))
     words = np.int64 if len(x) % 8 == 0 else np.uint8

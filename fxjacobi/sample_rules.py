@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 
 from fxjacobi.causal_rules.pointwise import is_pointwise
 from fxjacobi.causal_rules.reductions import argument
-from fxjacobi.graph import TensorSpec, site_of, spec_of
+from fxjacobi.graph import TensorSpec, operation_of, site_of, spec_of
 from fxjacobi.rule_table import RuleTable, overloads
 from fxjacobi.sample_axis import NotPerSample, SampleAxis
 
@@ -58,7 +58,7 @@ sample_rule = _RULES.register
 def mixes(node: fx.Node, why: str = "mixes them") -> NotPerSample:
     """Return the refusal of ``node``, with the reason."""
     where = f" at {site_of(node)}" if site_of(node) else ""
-    return NotPerSample(f"{node.target}{where} {why}")
+    return NotPerSample(f"{operation_of(node)}{where} {why}")
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

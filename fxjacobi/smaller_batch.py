@@ -21,7 +21,7 @@ from fxjacobi import ops, sample_layers, sample_moves
 from fxjacobi.assemble import assemble
 from fxjacobi.causal_rules.pointwise import is_pointwise
 from fxjacobi.emit import call, tensors_of
-from fxjacobi.graph import Spec, TensorSpec, site_of, spec_of, spec_of_value, stamp
+from fxjacobi.graph import Spec, TensorSpec, operation_of, site_of, spec_of, spec_of_value, stamp
 from fxjacobi.loops import Binding, Carried, Invariant, Literal, Loop, Scanned, Step, Table
 from fxjacobi.sample_axis import NotPerSample, SampleAxis, resized, take
 from fxjacobi.sample_rules import Axes, rule_of
@@ -245,12 +245,12 @@ class _Shrink:
         try:
             value = node.target(*map_arg(copy.args, example), **map_arg(copy.kwargs, example))
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as error:
-            raise NotPerSample(f"{node.target} does not run on {self.fewer} samples: {error}") from error
+            raise NotPerSample(f"{operation_of(node)} does not run on {self.fewer} samples: {error}") from error
         found, wanted = spec_of_value(value), spec_of(copy)
         held = (axes,) if isinstance(axes, SampleAxis) else axes
         for a, b, axis in zip(tensors_of(found), tensors_of(wanted), held, strict=False):
             if axis is not None and a.shape != b.shape:
-                raise NotPerSample(f"{node.target} gives {a.shape} for {self.fewer} samples, not {b.shape}")
+                raise NotPerSample(f"{operation_of(node)} gives {a.shape} for {self.fewer} samples, not {b.shape}")
 
     # -- what does not depend on the array -------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxjacobi import ops
-from fxjacobi.array_paths import NotAnArrayLoop, write_chain
+from fxjacobi.array_paths import NotAnArrayLoop, Steps, write_chain
 from fxjacobi.array_programs import programs
 from fxjacobi.assemble import assemble
 from fxjacobi.bits import same_bits
@@ -67,10 +67,11 @@ def packed(loop: Loop, operands: Sequence[object]) -> Loop:
     Tables whose tensors do not lie alike are dense then; the steps by themselves read them as they are, whatever the
     body says. And what is carried lies as the loop is handed it, which need not be how a step hands it on.
     """
-    body = inline_calls(loop.body, only_single=False)
+    whole = loop.with_body(inline_calls(loop.body, only_single=False))
+    body, steps = whole.body, Steps.of(whole)
     specs = {node.name: _dense(table[0]) for node, table in _other_layouts(loop, operands).items()}
     for node, binding in zip(body.graph.find_nodes(op="placeholder"), loop.bindings, strict=True):
-        if isinstance(binding, Carried) and not _is_array(body, node, binding):
+        if isinstance(binding, Carried) and not _is_array(whole, node, binding, steps):
             handed, own = operands[binding.init[0]], spec_of(node)
             spec = spec_of(handed) if isinstance(handed, fx.Node) else None
             if isinstance(spec, TensorSpec) and isinstance(own, TensorSpec) and not lie_alike(spec, own):
@@ -86,9 +87,9 @@ def packed(loop: Loop, operands: Sequence[object]) -> Loop:
     return Loop(assemble(graph, body), loop.trip_count, loop.bindings, loop.results, loop.reason)
 
 
-def _is_array(body: fx.GraphModule, node: fx.Node, binding: Carried) -> bool:
+def _is_array(loop: Loop, node: fx.Node, binding: Carried, steps: Steps) -> bool:
     try:
-        return bool(write_chain(body_outputs(body)[binding.output], node))
+        return bool(write_chain(body_outputs(loop.body)[binding.output], node, steps))
     except NotAnArrayLoop:
         return False
 

@@ -38,6 +38,7 @@ from fxjacobi.passes.replace_blocks import replace_blocks
 from fxjacobi.rule_table import overloads
 from fxjacobi.sampling import JacobiWrites
 from fxjacobi.tail_layouts import layout_matters, others_matter, packed
+from fxjacobi.unplaced_writes import unplaced_write
 from fxjacobi.unroll_inner import unroll_inner
 
 __all__ = ["CollapseSampling"]
@@ -78,7 +79,8 @@ class CollapseSampling(Pass):
     def _collapse(self, module: fx.GraphModule, loop: Loop, node: fx.Node) -> nn.Module:
         rolled, loop = loop, unroll_inner(loop)
         if not any(inner.target in _WRITES for inner in loop.body.graph.nodes):
-            return rolled
+            reason = unplaced_write(loop)
+            return rolled.with_reason(f"not collapsed: {reason}") if reason else rolled
         if not self.collapse:
             return rolled.with_reason("not collapsed: the ordinary order was asked for")
         loop = packed(loop, node.args)

@@ -10,23 +10,25 @@ spaced range of each dimension::
     x_1 = index_put(x_0, [arange(B), full((B,), 3)], v)     x_1 = write(x_0, v, (None, 3))
 
 Both sides move the same elements, so the bits are the same; but the right side is a loop that fills an array
-(:mod:`fxjacobi.passes.collapse_sampling`). Must not fire where a place comes from data, a parameter or a buffer, where
-dtypes or layouts differ, or where an index accumulates.
+(:mod:`fxjacobi.passes.collapse_sampling`). Where places come from a tensor that the model holds (a buffer, a module's
+global), a guard compares its values at every call. Must not fire where a place comes from data, a parameter or a buffer
+that the run may change, where dtypes or layouts differ, or where an index accumulates.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.fx.node import map_arg
 
 from fxjacobi import ops
 from fxjacobi.assemble import assemble
-from fxjacobi.emit import call, elements
-from fxjacobi.graph import TensorSpec, is_random, site_of, spec_of, stamp
+from fxjacobi.emit import call
+from fxjacobi.graph import TensorSpec, is_random, site_of, spec_of, spec_of_value, stamp
+from fxjacobi.known_places import KnownPlaces
 from fxjacobi.passes.base import Pass, PassResult
 
 __all__ = ["PlacesToWrites", "places_to_writes"]
@@ -34,58 +36,14 @@ __all__ = ["PlacesToWrites", "places_to_writes"]
 aten = torch.ops.aten
 
 _LARGEST = 1 << 20
-"""Elements of a constant that are looked at."""
+"""Elements of an array that are numbered."""
+
+_OFTEN = 3
+"""Writes to places that the model holds, for these to be guarded."""
 
 _WRITES = frozenset(
     {aten.where.self, aten.scatter.src, aten.index_copy.default, aten.index_put.default, aten._unsafe_index_put.default}
 )
-
-
-@dataclass
-class _Constants:
-    """Evaluates what does not depend on data: creations, tensors made of Python values, and what follows from them."""
-
-    module: fx.GraphModule
-    known: dict[fx.Node, Any] = field(default_factory=dict)
-
-    def value(self, node: object) -> torch.Tensor | None:
-        """Return the constant that ``node`` is, on the CPU, or ``None``."""
-        if not isinstance(node, fx.Node):
-            return None
-        pending = [node]
-        while pending:
-            one = pending[-1]
-            if one in self.known:
-                pending.pop()
-                continue
-            missing = [used for used in one.all_input_nodes if used not in self.known]
-            if missing and self._may_be(one):
-                pending += missing
-            else:
-                self.known[one] = self._evaluated(one)
-                pending.pop()
-        found = self.known[node]
-        return found.cpu() if isinstance(found, torch.Tensor) else None
-
-    def _may_be(self, node: fx.Node) -> bool:
-        return (
-            node.op == "call_function"
-            and isinstance(node.target, torch._ops.OpOverload)
-            and not is_random(node)
-            and elements(spec_of(node)) <= _LARGEST
-        )
-
-    def _evaluated(self, node: fx.Node) -> Any:
-        if node.op == "get_attr" and node.meta.get("literal"):
-            return getattr(self.module, str(node.target))
-        if not self._may_be(node) or any(self.known[used] is None for used in node.all_input_nodes):
-            return None
-        if not node.all_input_nodes and torch.Tag.nondeterministic_bitwise in node.target.tags:  # type: ignore[union-attr]
-            return None
-        assert callable(node.target)
-        return node.target(
-            *map_arg(node.args, self.known.__getitem__), **map_arg(dict(node.kwargs), self.known.__getitem__)
-        )
 
 
 @dataclass(frozen=True)
@@ -138,7 +96,7 @@ def _like(node: object, spec: TensorSpec) -> bool:
     )  # fmt: skip
 
 
-def _masked(node: fx.Node, spec: TensorSpec, constants: _Constants) -> _Write | None:
+def _masked(node: fx.Node, spec: TensorSpec, constants: KnownPlaces) -> _Write | None:
     mask = constants.value(node.args[0])
     if mask is None:
         return None
@@ -151,7 +109,7 @@ def _masked(node: fx.Node, spec: TensorSpec, constants: _Constants) -> _Write | 
     return None
 
 
-def _indexed(node: fx.Node, spec: TensorSpec, constants: _Constants) -> _Write | None:
+def _indexed(node: fx.Node, spec: TensorSpec, constants: KnownPlaces) -> _Write | None:
     """Read a scatter, an index_copy or an index_put by what it does to the numbers of the base's elements."""
     base = node.args[0]
     if node.target in (aten.index_put.default, aten._unsafe_index_put.default):
@@ -226,8 +184,9 @@ def _emit(graph: fx.Graph, write: _Write, values: dict[fx.Node, fx.Node], node: 
 
 def places_to_writes(module: fx.GraphModule) -> fx.GraphModule:
     """Return ``module`` with writes through constant masks and indices as writes, or ``module`` if it has none."""
-    constants = _Constants(module)
+    constants = KnownPlaces(module)
     found: dict[fx.Node, _Write] = {}
+    held: dict[fx.Node, list[fx.Node]] = {}
     for node in module.graph.nodes:
         spec = _tensor(node) if node.op == "call_function" and node.target in _WRITES else None
         if spec is None or not spec.shape or torch.Size(spec.shape).numel() > _LARGEST:
@@ -236,18 +195,41 @@ def places_to_writes(module: fx.GraphModule) -> fx.GraphModule:
         write = read(node, spec, constants)
         if write is not None:
             found[node] = write
+            places = [one for one in node.all_input_nodes if one not in (write.base, write.value)]
+            held[node] = [
+                one for place in places if constants.value(place) is not None for one in constants.rests_on(place)
+            ]
+    if sum(map(bool, held.values())) < _OFTEN:  # no loop: a guard would cost more than a write is worth
+        found = {node: write for node, write in found.items() if not held[node]}
+    guarded = {one for node in found for one in held[node]}
     if not found:
         return module
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
+    expected: dict[str, Any] = {}
+    last = next((n for n in reversed(module.graph.nodes) if n in guarded), None)
     for node in module.graph.nodes:
         write = found.get(node)
         values[node] = graph.node_copy(node, values.__getitem__) if write is None else _emit(graph, write, values, node)
+        if node is last:
+            expected = _guard(graph, module, {values[n]: constants.held[n] for n in module.graph.nodes if n in guarded})
     for node in reversed(list(graph.nodes)):
         old_constant = node.op in ("call_function", "get_attr") and not node.users
         if old_constant and node.target not in ops.GUARDS and not is_random(node):
             graph.erase_node(node)
-    return assemble(graph, module)
+    return assemble(graph, module, expected)
+
+
+def _guard(graph: fx.Graph, module: fx.GraphModule, held: dict[fx.Node, torch.Tensor]) -> dict[str, Any]:
+    """Append guards of the model's tensors, and return what they are compared with, by name."""
+    expected: dict[str, Any] = {}
+    names = (name for number in itertools.count() if not hasattr(module, name := f"places_{number}"))
+    for (node, value), name in zip(held.items(), names, strict=False):
+        expected[name] = value
+        literal = stamp(graph.get_attr(name), spec_of_value(value), site_of(node))
+        literal.meta["literal"] = True
+        stamp(graph.call_function(ops.guard_tensor, (node, literal)), None, site_of(node))
+    return expected
 
 
 @dataclass(frozen=True)
