@@ -1,4 +1,4 @@
-"""Finding sequences that grow: why a program that repeats has no loop."""
+"""Finding sequences that grow and draws that depend on others: why a program that repeats has no loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fxjacobi.graph import Site, TensorSpec, site_of, spec_of
+from fxjacobi.graph import Site, TensorSpec, is_random, operation_of, site_of, spec_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -25,12 +25,16 @@ def growing_sequence(module: fx.GraphModule) -> str:
     """Return why the program repeats in no loop, if a sequence in it grows by a concatenation or is read in growing parts.
 
     ``x = cat([x, v], 1)`` and ``net(x[:, : t + 1])`` give every step other shapes, for which kernels may round otherwise:
-    so the steps are not instances of one body. An empty string: neither is there.
+    so the steps are not instances of one body. Neither are draws whose distribution is computed from earlier steps and
+    whose noise cannot be drawn before (``poisson``, ``binomial``, gamma): an empty string if there is none of all these.
     """
     chain: dict[fx.Node, int] = {}
     parts: dict[tuple[Site | None, int], list[tuple[int, fx.Node]]] = defaultdict(list)
     longest: fx.Node | None = None
+    draws: dict[tuple[Site | None, object], list[fx.Node]] = defaultdict(list)
     for node in module.graph.nodes:
+        if is_random(node) and node.all_input_nodes:
+            draws[site_of(node), node.target].append(node)
         spec = spec_of(node) if node.op == "call_function" else None
         if not isinstance(spec, TensorSpec):
             continue
@@ -50,6 +54,13 @@ def growing_sequence(module: fx.GraphModule) -> str:
         grown = sum(b[0] == a[0] + 1 for a, b in pairwise(sizes))
         if grown >= _OFTEN:
             return _sentence("a growing part of a sequence is read", sizes[0][1], grown)
+    often = max(draws.values(), key=len, default=[])
+    if len(often) >= _OFTEN:
+        where = f" at {site_of(often[0])}" if site_of(often[0]) else ""
+        return (
+            f"{operation_of(often[0])}{where} draws from a distribution that is computed before it, {len(often)} times: "
+            "its noise cannot be drawn first, so that the draws stay in order and there is no loop"
+        )
     return ""
 
 

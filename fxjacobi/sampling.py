@@ -217,7 +217,7 @@ class JacobiWrites(Explained):
                 return self._in_order(operands)
             dense = self._repeated.missing(operands) if self.restrided else None
             if dense is not None:
-                _log.debug("%s was recorded where it is expanded, and here it is not", dense)
+                self.reason = f"runs in order where {dense} is not expanded, as it was when the loop was recorded"
                 return self._in_order(operands)
             form = self._forms.of(operands)
             captured = None if form is None else form(operands)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import operator
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from fxjacobi.assemble import assemble, copy_node
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Eliminate", "eliminate"]
 
+
+_PARTS = (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor, operator.getitem)
 
 _ROUNDS = 8  # two are nearly always enough; a bound, whatever the order of nodes does
 
@@ -62,6 +66,15 @@ def eliminate(module: fx.GraphModule, *, keep_iterations: bool = True) -> fx.Gra
 def _kind(spec: Spec) -> Any:
     """What of a spec iterations share."""
     return spec.shape if isinstance(spec, TensorSpec) else type(spec)
+
+
+def _without_spares(parts: list[fx.Node], needed: set[fx.Node]) -> list[fx.Node]:
+    """Return ``parts``, or where each whole has one that is needed, these: ``h.chunk(n, 1)[t]`` reads another at each step."""
+    count = Counter(part.args[0] for part in parts if part in needed)
+    if not count or max(count.values()) > 1 or len(count) == len(parts):
+        return parts
+    first = {part.args[0]: part for part in reversed(parts)}
+    return [part for part in parts if part in needed or (part.args[0] not in count and first[part.args[0]] is part)]
 
 
 class _Eliminator:
@@ -156,6 +169,10 @@ class _Eliminator:
                     )
                     place[node] = key = (node.target, site.file, site.line, _kind(node.meta["spec"]), *takes)
                     siblings[key].append(node)
+        needed = self.needed(same, effects) if siblings else set[fx.Node]()
+        for key, group in siblings.items():
+            if key[0] in _PARTS:
+                siblings[key] = _without_spares(group, needed)
         live: set[fx.Node] = set()
         waiting = list(effects)
         while waiting:
@@ -166,6 +183,18 @@ class _Eliminator:
                 if node in place:
                     waiting.extend(siblings.pop(place[node], ()))
         return live
+
+    @staticmethod
+    def needed(same: dict[fx.Node, fx.Node], effects: set[fx.Node]) -> set[fx.Node]:
+        """What outputs, guards and draws need."""
+        found: set[fx.Node] = set()
+        waiting = list(effects)
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting.extend(same.get(argument, argument) for argument in node.all_input_nodes)
+        return found
 
     @staticmethod
     def ordered(nodes: list[fx.Node], same: dict[fx.Node, fx.Node]) -> list[fx.Node]:

@@ -8,6 +8,7 @@ spaced range of each dimension::
     x_1 = scatter(x_0, 1, full((B, 1), 3), v)               x_1 = write(x_0, v[:, 0], (None, 3))
     x_1 = index_copy(x_0, 1, tensor([3]), v)                x_1 = write(x_0, v[:, 0], (None, 3))
     x_1 = index_put(x_0, [arange(B), full((B,), 3)], v)     x_1 = write(x_0, v, (None, 3))
+    x_1 = cat([x_0[:, :3], v, x_0[:, 4:]], 1)               x_1 = write(x_0, v[:, 0], (None, 3))
 
 Both sides move the same elements, so the bits are the same; but the right side is a loop that fills an array
 (:mod:`fxjacobi.passes.collapse_sampling`). Where places come from a tensor that the model holds (a buffer, a module's
@@ -18,6 +19,7 @@ that the run may change, where dtypes or layouts differ, or where an index accum
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,7 +44,14 @@ _OFTEN = 3
 """Writes to places that the model holds, for these to be guarded."""
 
 _WRITES = frozenset(
-    {aten.where.self, aten.scatter.src, aten.index_copy.default, aten.index_put.default, aten._unsafe_index_put.default}
+    {
+        aten.where.self,
+        aten.scatter.src,
+        aten.index_copy.default,
+        aten.index_put.default,
+        aten._unsafe_index_put.default,
+        aten.cat.default,
+    }
 )
 
 
@@ -148,6 +157,52 @@ def _indexed(node: fx.Node, spec: TensorSpec, constants: KnownPlaces) -> _Write 
     return _Write(base, value, box, picked=False)  # type: ignore[arg-type]
 
 
+def _joined(node: fx.Node, spec: TensorSpec) -> _Write | None:
+    """Read ``cat([x[:, :3], v, x[:, 4:]], 1)``: all that is joined but one part is where it was in one base."""
+    dim = int(given) % len(spec.shape) if isinstance(given := node.args[1] if len(node.args) > 1 else 0, int) else 0
+    at, parts, stays = 0, list[tuple[fx.Node, range, fx.Node | None]](), Counter[fx.Node]()
+    for part in node.args[0]:  # type: ignore[union-attr]
+        own = _tensor(part)
+        if own is None or not isinstance(part, fx.Node) or len(own.shape) != len(spec.shape):
+            return None
+        places, at = range(at, at + own.shape[dim]), at + own.shape[dim]
+        found = _stays(part, dim, places)
+        if places:
+            parts.append((part, places, found))
+        if found is not None:
+            stays[found] += len(places)
+    # What is put in may be where it was too: net(x)[:, t : t + 1]. The larger one is the base.
+    for base, _ in stays.most_common():
+        others = [(part, places) for part, places, found in parts if found is not base]
+        if len(others) == 1:
+            break
+    else:
+        return None
+    ((value, places),) = others
+    own = _tensor(value)
+    if own is None or own.dtype != spec.dtype or not _like(base, spec):
+        return None
+    box = tuple(places if d == dim else range(size) for d, size in enumerate(spec.shape))
+    return _Write(base, value, box, picked=False)
+
+
+def _stays(part: fx.Node, dim: int, places: range) -> fx.Node | None:
+    """Return what ``part`` is the part of that lies at ``places`` along ``dim``, if it is one."""
+    if part.target is aten.unsqueeze.default and len(places) == 1:
+        row: Any = part.args[0]
+        taken = isinstance(row, fx.Node) and row.target is aten.select.int and part.args[1] == dim
+        return row.args[0] if taken and row.args[1:] == (dim, places.start) else None
+    if part.target is not aten.slice.Tensor or (len(part.args) > 4 and part.args[4] != 1):
+        return None
+    arguments: tuple[Any, ...] = (*part.args, *(0, None, None)[len(part.args) - 1 :])
+    base, along, start, stop = arguments[:4]
+    source = _tensor(base)
+    if source is None or along != dim or not all(bound is None or isinstance(bound, int) for bound in (start, stop)):
+        return None
+    inside = range(source.shape[dim])[start:stop]
+    return base if inside == places else None
+
+
 def _sizes(shape: tuple[int, ...]) -> list[int]:
     return [size for size in shape if size != 1]
 
@@ -191,11 +246,15 @@ def places_to_writes(module: fx.GraphModule) -> fx.GraphModule:
         spec = _tensor(node) if node.op == "call_function" and node.target in _WRITES else None
         if spec is None or not spec.shape or torch.Size(spec.shape).numel() > _LARGEST:
             continue
-        read = _masked if node.target is aten.where.self else _indexed
-        write = read(node, spec, constants)
+        if node.target is aten.cat.default:
+            write = _joined(node, spec)
+        else:
+            read = _masked if node.target is aten.where.self else _indexed
+            write = read(node, spec, constants)
         if write is not None:
             found[node] = write
-            places = [one for one in node.all_input_nodes if one not in (write.base, write.value)]
+            joins = node.target is aten.cat.default
+            places = [one for one in node.all_input_nodes if not joins and one not in (write.base, write.value)]
             held[node] = [
                 one for place in places if constants.value(place) is not None for one in constants.rests_on(place)
             ]

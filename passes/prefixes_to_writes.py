@@ -8,6 +8,7 @@ one before and one item more (a column of ``torch.stack(columns, 1)``, or a tens
     x_2 = cat([stack([v_0, v_1], 1), full(...)])        x_2 = write(x_1, v_1, (None, 1))
     x_3 = stack([v_0, v_1, v_2, full((B,), c), ...])    x_3 = write(x_2, v_2, (None, 2))
     x_4 = pad(stack([v_0, ..., v_3], 1), (0, D - 4))    x_4 = write(x_3, v_3, (None, 3))
+    x_5 = full(..); x_5[:, :5] = stack([v_0, ..], 1)    x_5 = write(x_4, v_4, (None, 4))
     y = stack([v_0, ..., v_{D-1}], 1)                   y = write(x_{D-1}, v_{D-1}, (None, D - 1))
 
 where ``x_0 = full((B, D), c)``. Both sides move the same elements, so the bits are the same; but the right side is a loop
@@ -107,6 +108,8 @@ def _prefix(node: fx.Node, known: _Items) -> _Prefix | None:
         return None
     if node.target is aten.constant_pad_nd.default:
         return _padded(node, spec, known)
+    if node.target is ops.write:
+        return _filled(node, spec, known)
     if node.target is aten.stack.default:
         dim = _dim(node, spec)
         columns, value = _without_filler(node.args[0])  # type: ignore[arg-type]
@@ -127,6 +130,21 @@ def _prefix(node: fx.Node, known: _Items) -> _Prefix | None:
     if value is None:
         known[node, dim] = tuple(items)
     return _Prefix(node, dim, tuple(items), value)
+
+
+def _filled(node: fx.Node, spec: TensorSpec, known: _Items) -> _Prefix | None:
+    """Read ``blank[:, :n] = stack(items, 1)`` as a prefix and a filler."""
+    blank, prefix, index = node.args
+    assert isinstance(blank, fx.Node)
+    value, dim = _filler(blank), len(index) - 1  # type: ignore[arg-type]
+    own = _tensor(prefix)
+    if value is None or dim < 0 or own is None or any(entry is not None for entry in index[:-1]):  # type: ignore[index, union-attr]
+        return None
+    if len(own.shape) != len(spec.shape) or index[-1] != (0, own.shape[dim], 1):  # type: ignore[index]
+        return None
+    assert isinstance(prefix, fx.Node)
+    items = _items(prefix, dim, known)
+    return None if items is None else _Prefix(node, dim, items, value)
 
 
 def _padded(node: fx.Node, spec: TensorSpec, known: _Items) -> _Prefix | None:
@@ -206,7 +224,7 @@ def prefixes_to_writes(module: fx.GraphModule) -> fx.GraphModule:
             current = stamp(graph.call_function(ops.write, (current, values[item], index)), spec, site)
         values[node] = current
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.target in (*_JOINS, *_CONSTANTS):
+        if not node.users and node.target in (*_JOINS, *_CONSTANTS, ops.write):
             graph.erase_node(node)
     return assemble(graph, module)
 

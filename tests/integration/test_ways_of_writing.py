@@ -137,6 +137,54 @@ def test_through_a_view(name: str, adds: bool, given: bool) -> None:
     assert name == "unbound" or is_collapsed(compiled), [b.reason for b in compiled.plan.blocks]
 
 
+def put_together(y: torch.Tensor) -> torch.Tensor:
+    x = torch.zeros(SAMPLES, SIZE)
+    for t in range(SIZE):
+        x = torch.cat([x[:, :t], torch.tanh(net(x)[:, t : t + 1]) + y[:, None], x[:, t + 1 :]], 1)
+    return x
+
+
+def put_together_of_two(y: torch.Tensor) -> torch.Tensor:
+    x = torch.zeros(SAMPLES, SIZE)
+    for t in range(SIZE):
+        h = torch.tanh(net(x)) + y[:, None]
+        x = torch.cat([x[:, :t], h[:, t : t + 1], x[:, t + 1 :]], 1)
+    return x
+
+
+def two_at_a_time(y: torch.Tensor) -> torch.Tensor:
+    x = torch.zeros(SAMPLES, SIZE)
+    for t in range(0, SIZE, 2):
+        x = torch.cat([x[:, :t], torch.tanh(y[:, None] + torch.zeros(2) + x[:, :1]), x[:, t + 2 :]], dim=1)
+    return net(x)
+
+
+def read_in_chunks(y: torch.Tensor) -> torch.Tensor:
+    x = torch.zeros(SAMPLES, SIZE)
+    for t in range(SIZE):
+        x[:, t] = torch.tanh(net(x).chunk(SIZE, 1)[t][:, 0]) + y
+    return x
+
+
+def columns_written_anew(y: torch.Tensor) -> torch.Tensor:
+    columns: list[torch.Tensor] = []
+    for t in range(SIZE):
+        x = torch.zeros(SAMPLES, SIZE)
+        if columns:
+            x[:, :t] = torch.stack(columns, 1)
+        columns.append(torch.tanh(net(x)[:, t]) + y)
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("run", [put_together, put_together_of_two, read_in_chunks, columns_written_anew])
+def test_put_together_at_each_step(run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    assert is_collapsed(check(run))
+
+
+def test_what_is_put_together_two_at_a_time_is_the_same() -> None:
+    check(two_at_a_time)
+
+
 class Masked(torch.nn.Module):
     """Writes through a mask that it holds."""
 

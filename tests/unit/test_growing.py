@@ -1,4 +1,4 @@
-"""A plan says where a sequence grows, which is why its steps are no loop."""
+"""A plan says where a sequence grows, or draws depend on draws, which is why its steps are no loop."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def read_in_parts(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def counted(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = torch.zeros(2, STEPS, 3)
+    for t in range(STEPS):
+        y[:, t] = torch.poisson(net(y)[:, t].exp() + x[:, 0].abs())
+    return y
+
+
 def neither(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = net(torch.cat([x, x.sin()], 1))[:, :1]
     return out
@@ -37,7 +44,12 @@ def neither(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("function", "why"),
-    [(concatenated, "grows by a concatenation"), (read_in_parts, "growing part"), (neither, "no loop was found")],
+    [
+        (concatenated, "grows by a concatenation"),
+        (read_in_parts, "growing part"),
+        (counted, "its noise cannot be drawn first"),
+        (neither, "no loop was found"),
+    ],
 )
 def test_the_reason_names_the_line(function: Callable[..., torch.Tensor], why: str) -> None:
     with torch.no_grad():

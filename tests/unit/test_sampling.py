@@ -13,6 +13,7 @@ from fxjacobi.causal_rules.interpreter import operand_value
 from fxjacobi.causality import CausalityProof, prove
 from fxjacobi.certificate import Certificate
 from fxjacobi.errors import GuardFailed
+from fxjacobi.graph import TensorSpec
 from fxjacobi.loops import Loop, Result, Scanned, Stacked, Step, Table
 from fxjacobi.sampling import JacobiWrites
 from tests.unit.sampling_loops import (
@@ -270,3 +271,30 @@ def test_a_limit_of_memory_sets_the_window(limit: int, window: int | None) -> No
 def test_a_window_needs_a_step() -> None:
     with pytest.raises(ValueError, match="no progress"):
         solve(made_loop(), window=0)
+
+
+def test_an_operand_that_was_expanded_when_recorded_may_be_dense() -> None:
+    """A loop within a loop is recorded at one step of the outer one, and called with the operands of all."""
+    sampling = made_loop(size=6)
+    loop, noise = sampling.loop, sampling.operands[1]
+    (node,) = (
+        node
+        for node, binding in zip(loop.body.graph.find_nodes(op="placeholder"), loop.bindings, strict=True)
+        if isinstance(binding, Scanned)
+    )
+    spec = node.meta["spec"]
+    node.meta["spec"] = TensorSpec(spec.shape, spec.dtype, spec.device, (0,) * len(spec.shape))
+    proof = prove(loop, sampling.known)
+    assert isinstance(proof, CausalityProof), proof
+    block = JacobiWrites(proof)
+    first = noise[(slice(None), *[slice(0, 1)] * len(spec.shape))]
+    for given, in_order in (
+        (noise, True),
+        (first.expand(noise.shape), False),
+        (first.expand(noise.shape).clone(), False),
+    ):
+        operands = [sampling.operands[0], given, *sampling.operands[2:]]
+        with torch.no_grad():
+            assert same(block(*operands), loop(*operands))
+        assert block.last is not None
+        assert (block.last.certificate is Certificate.SEQUENTIAL) is in_order

@@ -40,9 +40,15 @@ WRITES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "index_copy of a range": lambda x, v: x.index_copy(1, torch.tensor([1, 2]), v[:, :2]),
     "index_put of a column": lambda x, v: _index_put(x, (slice(None), torch.tensor([2])), v[:, :1]),
     "index_put of rows and a column": lambda x, v: _index_put(x, (torch.arange(ROWS), torch.full((ROWS,), 5)), v[:, 0]),
+    "cat of a column between two parts": lambda x, v: torch.cat([x[:, :2], v[:, :1], x[:, 3:]], 1),
+    "cat of the first columns": lambda x, v: torch.cat([v[:, :2], x[:, 2:]], 1),
+    "cat of the last row": lambda x, v: torch.cat([x[:2], v[:1]]),
+    "cat after a single column": lambda x, v: torch.cat([x[:, :1], v[:, :5]], 1),
 }
 
 KEPT: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "cat of parts that move": lambda x, v: torch.cat([x[:, 1:3], v[:, :1], x[:, 3:]], 1),
+    "cat of parts of two": lambda x, v: torch.cat([x[:, :2], v[:, 2:3] * 2, v[:, 3:]], 1),
     "a mask of data": lambda x, v: torch.where(x > 0, v, x),
     "an index of data": lambda x, v: x.scatter(1, v[:, :1].abs().long() % COLUMNS, v[:, :1]),
     "no box": lambda x, v: torch.where(_mask(0, 1, 4), v, x),
