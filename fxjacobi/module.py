@@ -55,6 +55,9 @@ def _stand_aside() -> str | None:
         return "under torch.jit.trace the original runs"
     if torch._C._len_torch_dispatch_stack() and current_recorder() is not None:
         return "inside another compiled module's recording the original runs"
+    if nn.modules.module._has_any_global_hook():
+        # They would see the compiler's own modules in place of the model's.
+        return "with hooks on all modules the original runs"
     if torch.is_grad_enabled() and _saved_tensors_hooks(True) is not None:
         # Checkpointing counts what is saved for the backward, which must be the same at every call.
         return "under hooks on saved tensors (torch.utils.checkpoint) the original runs"

@@ -22,11 +22,15 @@ from fxjacobi.trees import PRIMITIVES
 
 if TYPE_CHECKING:
     import types
-    from collections.abc import Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Hashable, Iterable, Mapping
 
 __all__ = ["MISSING", "Change", "Watch", "Wrapper"]
 
 _MOST_PLACES = 200_000
+"""Of what the run can have read: with more it is refused."""
+
+_MOST_AROUND = 20_000
+"""Objects that are looked at although no code that is known mentions them: 0.2 s."""
 
 # Not ``Tensor.data_ptr``, which a recording watches (fxjacobi.capture).
 _data_ptr = torch._C.TensorBase.data_ptr
@@ -60,7 +64,7 @@ class Watch:
         self.modules: list[nn.Module] = []
         self.overflowed = False
         self._held: dict[int, tuple[Held, str]] = {}
-        self._roots: list[int] = []
+        self._reached: dict[int, Any] = {}
         self._names: set[str] = set()
         self._closed: list[tuple[Any, str, str, bool]] = []
         self._count = 0
@@ -80,19 +84,9 @@ class Watch:
     def add(self, root: Any, name: str) -> None:
         """Walk everything reachable from ``root``."""
         self._checks = None
-        if not isinstance(root, PRIMITIVES):
-            self._roots.append(id(root))
-        stack = [(root, name)]
-        while stack:
-            value, path = stack.pop()
-            if not isinstance(value, PRIMITIVES) and id(value) not in self._seen:
-                if self._count > _MOST_PLACES:
-                    self.overflowed = True
-                    return
-                self._seen[id(value)] = value  # keeping it alive keeps its id its own
-                stack.extend(self._visit(value, path))
-            if not stack:
-                stack = self._opened()
+        closed = len(self._closed)
+        self._walk([(root, name)])
+        self._look_around([(item, path) for item, path, _, lazy in self._closed[closed:] if not lazy])
 
     def add_code(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
         """Watch the globals that ``code`` reads."""
@@ -100,7 +94,40 @@ class Watch:
         if key not in self._codes:
             self.add(self._codes.setdefault(key, Code(code, namespace)), "")
 
-    def _visit(self, value: Any, path: str) -> Iterator[tuple[Any, str]]:
+    def _walk(self, stack: list[tuple[Any, str]]) -> None:
+        """Go through gates that code reached so far opens, and take in what that code mentions."""
+        while stack:
+            value, path = stack.pop()
+            if not isinstance(value, PRIMITIVES) and id(value) not in self._reached:
+                held = self._look(value, path)
+                self._reached[id(value)] = value
+                self._count += len(held.places)
+                if self._count > _MOST_PLACES:
+                    self.overflowed = True
+                    return
+                self._names |= held.names
+                for item, name, gate in held.links:
+                    if self._open(gate, lazy=held.lazy):
+                        stack.append((item, name))
+                    else:
+                        self._closed.append((item, name, gate or "", held.lazy))
+            if not stack:
+                stack = self._opened()
+
+    def _look_around(self, stack: list[tuple[Any, str]]) -> None:
+        """Learn about the rest as well, as far as there is not too much of it: the run may change it unseen."""
+        while stack and len(self._held) < _MOST_AROUND:
+            value, path = stack.pop()
+            if not isinstance(value, PRIMITIVES) and id(value) not in self._seen:
+                held = self._look(value, path)
+                if not held.lazy:
+                    stack += [(item, name) for item, name, _ in held.links]
+
+    def _look(self, value: Any, path: str) -> Held:
+        known = self._held.get(id(value))
+        if known is not None:
+            return known[0]
+        self._seen[id(value)] = value  # keeping it alive keeps its id its own
         if isinstance(value, torch.Tensor):
             if value.layout is torch.strided:
                 key = storage_key(value)
@@ -108,19 +135,14 @@ class Watch:
                 self._storages.append((value, key))
                 if value.is_leaf:
                     self._grads.append((value, value.grad))
-            return
-        if isinstance(value, nn.Module) and not isinstance(value, Wrapper):
-            self.modules.append(value)
-        held = held_by(value, path)
-        held.links = [(self._one(item), name, gate) for item, name, gate in held.links]
+            held = Held()
+        else:
+            if isinstance(value, nn.Module) and not isinstance(value, Wrapper):
+                self.modules.append(value)
+            held = held_by(value, path)
+            held.links = [(self._one(item), name, gate) for item, name, gate in held.links]
         self._held[id(value)] = held, path
-        self._count += len(held.places)
-        self._names |= held.names
-        for item, name, gate in held.links:
-            if held.lazy and gate is not None and not self._open(gate, lazy=True):
-                self._closed.append((item, name, gate, held.lazy))
-            else:
-                yield item, name
+        return held
 
     def _one(self, item: Any) -> Any:
         """Return the one object that stands for ``item``: functions of the same code share it."""
@@ -201,7 +223,9 @@ class Watch:
 
     def used_up(self) -> str | None:
         """Name an iterator that the run may have read from: nobody can see where it stands."""
-        return next((path or type(value).__name__ for value, (held, path) in self._reached() if held.used_up), None)
+        return next(
+            (path or type(value).__name__ for value, (held, path) in self._known(self._reached) if held.used_up), None
+        )
 
     def replaced_storages(self) -> list[str]:
         """Names of tensors whose memory was exchanged (``p.data = ...``) or that got another ``.grad``."""
@@ -229,29 +253,16 @@ class Watch:
     def __len__(self) -> int:
         return sum(len(held.places) for held, _ in self._held.values())
 
-    def _known(self) -> Iterator[tuple[Any, tuple[Held, str]]]:
-        return ((self._seen[key], held) for key, held in list(self._held.items()))
+    def _known(self, keys: Iterable[int] | None = None) -> list[tuple[Any, tuple[Held, str]]]:
+        return [(self._seen[key], self._held[key]) for key in (self._held if keys is None else keys)]
 
     def _places(self, held: Held) -> list[Place]:
         """The places of a class or module that code mentions; all others' alike."""
         return [p for p in held.places if self._open(p.gate, lazy=True)] if held.lazy else held.places
 
-    def _reached(self) -> list[tuple[Any, tuple[Held, str]]]:
-        """Return what is reachable by gates that are open."""
-        found: dict[int, tuple[Any, tuple[Held, str]]] = {}
-        stack = list(self._roots)
-        while stack:
-            key = stack.pop()
-            if key in found or key not in self._held:
-                continue
-            held = self._held[key]
-            found[key] = self._seen[key], held
-            stack += [id(item) for item, _, gate in held[0].links if self._open(gate, lazy=held[0].lazy)]
-        return list(found.values())
-
     def _collected(self) -> _Checks:
         checks = _Checks(frozenset(self._names) if self._narrowed and not is_dynamic(self._names) else None)
-        for value, (held, _) in self._reached() if self._narrowed else self._known():
+        for value, (held, _) in self._known(self._reached if self._narrowed else None):
             gated = self._narrowed or held.lazy
             places = [p for p in held.places if not gated or self._open(p.gate, lazy=held.lazy)]
             checks.places += [

@@ -296,3 +296,48 @@ def test_backward_hooks_are_seen() -> None:
         gradient: Any = linear.weight.grad
         gradients.append(gradient.clone())
     assert torch.equal(*gradients)
+
+
+@torch.no_grad()
+def test_hooks_on_all_modules_are_seen() -> None:
+    net, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.randn(2, 3)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(40):
+            x = net(x)
+        return x
+
+    compiled = fxjacobi.compile(run, measure=False)
+    compiled(x), compiled(x)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, result: result * 0.5)
+    try:
+        before = run(x)
+        compiled.forward(x)
+        assert "hooks on all modules" in compiled.report.reason
+        assert torch.equal(compiled.forward(x), before)
+    finally:
+        handle.remove()
+    assert torch.equal(compiled(x), run(x))
+    assert compiled.report.solved
+
+
+@torch.no_grad()
+def test_large_tables_count_only_where_the_run_reads_them() -> None:
+    class WithTable:
+        def __init__(self) -> None:
+            self.scale, self.table = 0.5, [[float(i)] for i in range(300_000)]
+
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            return steps(x, self.scale)
+
+        def read(self, x: torch.Tensor) -> torch.Tensor:
+            return steps(x, self.table[1][0])
+
+    model, x = WithTable(), torch.randn(3)
+    compiled = fxjacobi.compile(model.run, measure=False)
+    for scale in (0.5, 0.5, 0.3, 0.3):
+        model.scale = scale
+        assert torch.equal(compiled(x), model.run(x))
+    assert compiled.report.solved
+    with pytest.warns(CaptureWarning, match="too many Python values"):
+        fxjacobi.compile(model.read)(x)
