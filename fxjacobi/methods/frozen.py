@@ -14,6 +14,8 @@ from fxjacobi.batched_body import Strategy
 from fxjacobi.bits import equal_elements
 from fxjacobi.methods.comparison import compared
 from fxjacobi.methods.method import Contract, Iterate, Method
+from fxjacobi.methods.probe import disturbed_gains
+from fxjacobi.methods.settle import FINAL, amplification, distances_of
 
 if TYPE_CHECKING:
     from fxjacobi.loops import Loop
@@ -88,19 +90,34 @@ def _with(system: System, fixed: list[Any], read: list[torch.Tensor]) -> list[An
     return arguments
 
 
-def settled(new: States, old: States, contract: Contract) -> torch.Tensor:
-    """Return for each sample whether no step of it moved by more than rounding, (B,); states are (T, B, ...)."""
+def settled(new: States, old: States, contract: Contract, amplified: float | torch.Tensor) -> torch.Tensor:
+    """Return for each sample whether it has come to rest, (B,); states are (T, B, ...).
+
+    No step of it moved by more than rounding; and what it moved by, ``amplified`` (all samples alike, or (B,)) along the
+    steps, is no more than a part of the tolerance.
+    """
     steps, size = new[0].shape[:2]
     apart_new, apart_old = (tuple(s.flatten(0, 1) for s in states) for states in (new, old))
-    still = compared(apart_new, apart_old, contract).settled
-    return still.reshape(steps, size).all(0).to(new[0].device)
+    found = compared(apart_new, apart_old, contract)
+    most = found.units.reshape(steps, size).amax(0)
+    rest = found.settled.reshape(steps, size).all(0) & (most * amplified <= FINAL)
+    return (rest | (most == 0)).to(new[0].device)
+
+
+def _amplified(method: Method, iterate: Iterate, system: System) -> float:
+    """Return what an update of one unit at each step still adds up to after a sweep; ``inf`` where nothing was seen."""
+    gains = effects = iterate.gains
+    if iterate.seen is not None:
+        residual = type(method).moved is not Method.moved  # then nothing of it has been taken into account
+        gains, effects = iterate.seen.gains, torch.ones_like(iterate.seen.gains) if residual else iterate.seen.effects
+    return math.inf if gains is None or effects is None else amplification(gains, effects, distances_of(system))
 
 
 class Samples:
     """The samples that a solve still iterates, for methods that can go on with some of them.
 
-    Every fourth sweep, samples that did not move by more than rounding at any step are frozen, if they are a quarter of
-    those left or more: their values stay, and the equations of the others are a system of their own.
+    Every fourth sweep, samples that have come to rest are frozen, if they are a quarter of those left or
+    more: their values stay, and the equations of the others are a system of their own.
 
     Args:
         system: The equations of the whole batch.
@@ -120,6 +137,7 @@ class Samples:
         self.counts: list[int] = []
         self._states: States | None = None
         self._sweeps = 0
+        self._amplified: torch.Tensor | None = None
 
     @staticmethod
     def of(system: System, method: Method, contract: Contract) -> Samples | None:
@@ -140,9 +158,11 @@ class Samples:
         return after if moved is None else self._frozen(method, after, *moved)
 
     def _frozen(self, method: Method, iterate: Iterate, new: States, old: States) -> Iterate:
-        done = settled(new, old, self.contract)
-        count = int(done.sum())
-        if count * _SHARE < done.shape[0] or count == done.shape[0]:
+        done = settled(new, old, self.contract, _amplified(method, iterate, self.system))
+        if not self._worth(done) and self._worth(settled(new, old, self.contract, 0.0)):
+            # What was seen is the gain of the samples that move most; those that rest may forget much sooner.
+            done = settled(new, old, self.contract, self._own(old))
+        if not self._worth(done):
             return iterate
         left = (~done).nonzero().flatten()
         part = method.of_samples(self.system, iterate, left)
@@ -154,13 +174,30 @@ class Samples:
         logger.debug("%s: %d samples are left after sweep %d", method.name, left.shape[0], self._sweeps)
         updates = compared(tuple(n[:, left] for n in new), tuple(o[:, left] for o in old), self.contract).units
         states = tuple(s[:, left] for s in iterate.states)
-        return replace(part, states=states, updates=updates, others=None, open=None)
+        seen = replace(part.seen, values=None) if part.seen is not None else None  # those were of more samples
+        return replace(part, states=states, updates=updates, seen=seen, others=None, open=None)
+
+    def _worth(self, done: torch.Tensor) -> bool:
+        count = int(done.sum())
+        return count * _SHARE >= done.shape[0] > count
+
+    def _own(self, states: States) -> torch.Tensor:
+        """Return :func:`_amplified` of each active sample by itself, measured once a solve by a disturbance."""
+        if self._amplified is None:
+            samples = states[0].shape[1]
+            gains = disturbed_gains(self.system, states, self.contract, samples)
+            self._amplified = torch.full((self.whole.carries[0].before.shape[1],), math.inf, dtype=torch.float64)
+            own = [amplification(g, torch.ones_like(g), distances_of(self.system)) for g in gains.unbind(1)]
+            where = slice(None) if self.active is None else self.active.cpu()
+            self._amplified[where] = torch.tensor(own, dtype=torch.float64)
+        return self._amplified if self.active is None else self._amplified[self.active.cpu()]
 
     def thawed(self, iterate: Iterate) -> Iterate:
         """Return the iterate with all samples in their places."""
         if self.active is None:
             return iterate
-        iterate = replace(iterate, states=self._merged(iterate.states), others=None, open=None)
+        seen = replace(iterate.seen, values=None) if iterate.seen is not None else None
+        iterate = replace(iterate, states=self._merged(iterate.states), seen=seen, others=None, open=None)
         self.active, self._states, self.system = None, None, self.whole
         return iterate
 
