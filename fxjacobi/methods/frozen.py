@@ -57,6 +57,8 @@ def _measured(system: System) -> bool:
     generator = torch.Generator().manual_seed(0)  # a private one: the caller's random state stays as it is
 
     def drawn(like: torch.Tensor) -> torch.Tensor:
+        if like.is_complex():
+            return torch.randn(like.shape, generator=generator, dtype=torch.complex64).to(like)
         return torch.randn(like.shape, generator=generator).to(like) if like.is_floating_point() else like
 
     one = system.fixed(slice(0, rows))
@@ -72,7 +74,7 @@ def _measured(system: System) -> bool:
         wanted = whole.index_select(1, kept)
         if not bool(equal_elements(wanted, moved.index_select(1, kept)).all()):
             return False
-        if wanted.is_floating_point():
+        if wanted.is_floating_point() or wanted.is_complex():
             atol = math.sqrt(torch.finfo(wanted.dtype).eps) * float(wanted.abs().nan_to_num(0.0, 0.0, 0.0).amax())
             if bool(
                 (compared((wanted,), (part,), Contract(atol=atol + torch.finfo(wanted.dtype).tiny)).units > 1).any()

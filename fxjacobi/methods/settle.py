@@ -221,7 +221,8 @@ def replace_non_finite(new: States, base: States, prefix: int) -> States:
     for value, reset in zip(new, base, strict=True):
         # An expanded guess (all steps alike) is looked at once.
         looked_at = value[:1] if value.stride(0) == 0 else value[prefix:]
-        if value.is_floating_point() and not bool(torch.isfinite(looked_at).all()):
+        inexact = value.is_floating_point() or value.is_complex()
+        if inexact and not bool(torch.isfinite(looked_at).all()):
             bad = ~torch.isfinite(value)
             bad[:prefix] = False
             value = torch.where(bad, reset, value)
