@@ -18,7 +18,7 @@ from fxjacobi.footprint import StateSize
 from fxjacobi.lanes import cores
 from fxjacobi.methods.affine import Affine
 from fxjacobi.methods.comparison import Comparison, agree, compared
-from fxjacobi.methods.frozen import Samples
+from fxjacobi.methods.frozen import Samples, apart
 from fxjacobi.methods.guess import Base, Guess
 from fxjacobi.methods.jacobian import batch_size
 from fxjacobi.methods.method import Contract, Iterate, Method
@@ -299,12 +299,18 @@ def _residuals(system: System, iterate: Iterate, contract: Contract) -> _Residua
     if at is None or iterate.others is None or len(at) == system.steps:
         outputs = system.evaluate(states)
         values = system.pick(outputs)
-        return _Residuals(None, values, {o: outputs[o] for o in system.others}, compared(values, states, contract))
+        return _Residuals(
+            None,
+            values,
+            {o: outputs[o] for o in system.others},
+            compared(values, states, contract, samples=apart(system)),
+        )
     outputs = system.evaluate_at(states, at)
     index = positions(at, states[0].device)
     found = system.pick(outputs)
     others = {o: v.index_put((index,), outputs[o]) for o, v in iterate.others.items()}
-    return _Residuals(at, found, others, compared(found, tuple(s.index_select(0, index) for s in states), contract))
+    there = tuple(s.index_select(0, index) for s in states)
+    return _Residuals(at, found, others, compared(found, there, contract, samples=apart(system)))
 
 
 def _complete(system: System, states: States, others: dict[int, torch.Tensor], prefix: int, record: Solution) -> Solved:

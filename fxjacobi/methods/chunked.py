@@ -13,7 +13,7 @@ from typing_extensions import override
 from fxjacobi.footprint import input_bytes
 from fxjacobi.methods.chunks import Chunks, Heads, heads_of, prepared, run_chunks, with_heads
 from fxjacobi.methods.comparison import compared
-from fxjacobi.methods.frozen import independent, settled
+from fxjacobi.methods.frozen import apart, independent, settled
 from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.settle import (
     amplification,
@@ -232,16 +232,17 @@ def _moves(
     """
     count = len(heads[0])
     if not chunks.warm_up:
-        apart = compared(heads, used, contract)
-        return apart.units, apart.floor, apart.units[:0]
+        far = compared(heads, used, contract, samples=apart(system))
+        return far.units, far.floor, far.units[:0]
     there = heads_of(system, states, chunks.rows[1:])
     # In one comparison: a call on few rows costs more than its arithmetic.
-    apart = compared(
+    far = compared(
         tuple(map(torch.cat, zip(heads, there, strict=True))),
         tuple(torch.cat([u, g[1:]]) for u, g in zip(used, chunks.heads, strict=True)),
         contract,
+        samples=apart(system),
     )
-    return apart.units[:count], apart.floor[:count], apart.units[count:]
+    return far.units[:count], far.floor[:count], far.units[count:]
 
 
 def _warm_gains(chunks: Chunks, moved: torch.Tensor, floor: torch.Tensor, off: torch.Tensor) -> torch.Tensor:

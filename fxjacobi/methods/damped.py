@@ -12,6 +12,7 @@ from typing_extensions import override
 from fxjacobi.footprint import row_bytes
 from fxjacobi.methods.associative_scan import Elements, affine_scan, strided_scan
 from fxjacobi.methods.comparison import compared
+from fxjacobi.methods.frozen import apart
 from fxjacobi.methods.jacobian import batch_size, diagonals, nearest_carry, windows
 from fxjacobi.methods.linearised import advance, has_float_state
 from fxjacobi.methods.method import Contract, Iterate, Method
@@ -118,7 +119,7 @@ class Damped(Method):
 def _error(system: System, iterate: Iterate, values: States, contract: Contract) -> float:
     """Return how far the iterate is from the answer by its residual: short steps say nothing of it."""
     assert iterate.seen is not None, "a sweep sets it"
-    left, distances = compared(values, iterate.states, contract), distances_of(system)
+    left, distances = compared(values, iterate.states, contract, samples=apart(system)), distances_of(system)
     found = errors_along(left.units, iterate.seen.gains, left.floor, distances, iterate.carried)
     if found.assumed:
         seen = replace(iterate.seen, values=values).probed(system, iterate.states, left.settled, contract)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
-__all__ = ["Samples", "independent", "settled"]
+__all__ = ["Samples", "apart", "independent", "settled"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ _SHARE = 4
 """Frozen are at least one of so many: gathering the others' inputs costs a pass over these."""
 
 _independent: weakref.WeakKeyDictionary[Loop, bool] = weakref.WeakKeyDictionary()
+_apart: weakref.WeakKeyDictionary[Loop, bool] = weakref.WeakKeyDictionary()
 
 
 def independent(system: System) -> bool:
@@ -57,9 +58,7 @@ def _measured(system: System) -> bool:
     generator = torch.Generator().manual_seed(0)  # a private one: the caller's random state stays as it is
 
     def drawn(like: torch.Tensor) -> torch.Tensor:
-        if like.is_complex():
-            return torch.randn(like.shape, generator=generator, dtype=torch.complex64).to(like)
-        return torch.randn(like.shape, generator=generator).to(like) if like.is_floating_point() else like
+        return _drawn(like, generator)
 
     one = system.fixed(slice(0, rows))
     read = [drawn(c.before[-1:].expand(rows, *c.before.shape[1:])) for c in system.carries]
@@ -83,6 +82,48 @@ def _measured(system: System) -> bool:
         elif not torch.equal(wanted, part):
             return False
     return True
+
+
+def apart(system: System) -> bool:
+    """Whether dimension 0 of every carried value is a batch whose samples do not read one another's state.
+
+    Measured once for a loop, at random states of one step: for every pair of samples, another state of the one leaves
+    every bit of the other as it was. Where it holds, how far a sample has come is judged by its own size.
+    """
+    found = _apart.get(system.loop)
+    if found is None:
+        found = _apart[system.loop] = _measured_apart(system)
+    return found
+
+
+def _measured_apart(system: System) -> bool:
+    if not system.carries or any(c.before.dim() < 2 for c in system.carries):
+        return False
+    size = system.carries[0].before.shape[1]
+    if size < 2 or any(c.before.shape[1] != size for c in system.carries):
+        return False
+    generator = torch.Generator().manual_seed(0)  # a private one: the caller's random state stays as it is
+    fixed = system.fixed(slice(0, 1))
+    read = [_drawn(c.before[-1:], generator) for c in system.carries]
+    first = system.pick(system.body(_with(system, fixed, read), 1))
+    if any(value.shape[1:2] != (size,) for value in first):
+        return False
+    number = torch.arange(size)
+    for bit in range((size - 1).bit_length()):
+        for side in (0, 1):
+            kept = ((number >> bit & 1) == side).nonzero().flatten().to(read[0].device)
+            other = [_drawn(r, generator).index_copy(1, kept, r.index_select(1, kept)) for r in read]
+            again = system.pick(system.body(_with(system, fixed, other), 1))
+            pairs = ((a.index_select(1, kept), b.index_select(1, kept)) for a, b in zip(first, again, strict=True))
+            if not all(bool(equal_elements(a, b).all()) for a, b in pairs):
+                return False
+    return True
+
+
+def _drawn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if like.is_complex():
+        return torch.randn(like.shape, generator=generator, dtype=torch.complex64).to(like)
+    return torch.randn(like.shape, generator=generator).to(like) if like.is_floating_point() else like.clone()
 
 
 def _with(system: System, fixed: list[Any], read: list[torch.Tensor]) -> list[Any]:
@@ -174,7 +215,9 @@ class Samples:
         self.active = left if self.active is None else self.active[left]
         self.system = self.whole.of_samples(self.active)
         logger.debug("%s: %d samples are left after sweep %d", method.name, left.shape[0], self._sweeps)
-        updates = compared(tuple(n[:, left] for n in new), tuple(o[:, left] for o in old), self.contract).units
+        updates = compared(
+            tuple(n[:, left] for n in new), tuple(o[:, left] for o in old), self.contract, samples=True
+        ).units
         states = tuple(s[:, left] for s in iterate.states)
         seen = replace(part.seen, values=None) if part.seen is not None else None  # those were of more samples
         return replace(part, states=states, updates=updates, seen=seen, others=None, open=None)

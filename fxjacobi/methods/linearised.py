@@ -12,6 +12,7 @@ from fxjacobi.graph import TensorSpec, spec_of
 from fxjacobi.loops import Carried
 from fxjacobi.methods.associative_scan import affine_scan
 from fxjacobi.methods.comparison import compared
+from fxjacobi.methods.frozen import apart
 from fxjacobi.methods.jacobian import nearest_carry, windows
 from fxjacobi.methods.probe import probed_gains
 from fxjacobi.methods.settle import (
@@ -82,10 +83,11 @@ def advance(
             little: what is left is then what it would be after the Jacobi sweep.
     """
     base, distances = system.base(), distances_of(system)
-    against = compared(values, iterate.states, contract)
+    samples = apart(system)
+    against = compared(values, iterate.states, contract, samples=samples)
     floor = against.floor if rounded is None else (against.floor * rounded).minimum(against.floor.clamp_min(1.0))
     earlier = iterate.updates if iterate.updates is not None else torch.zeros_like(floor)
-    seen = _seen(iterate.seen, values, against.units, earlier, floor, contract, distances)
+    seen = _seen(iterate.seen, values, against.units, earlier, floor, contract, distances, samples)
 
     def along(updates: torch.Tensor, effects: torch.Tensor, *, whole: bool) -> Errors:
         small = torch.where(updates <= floor, updates, 0.0)
@@ -100,7 +102,7 @@ def advance(
     fallback = replace_non_finite(values, base, exact)
     new = tuple(torch.cat([v[:exact], p[exact:]]) for v, p in zip(values, proposal, strict=True))
     new = replace_non_finite(new, fallback, exact)
-    updates = compared(new, iterate.states, contract).units
+    updates = compared(new, iterate.states, contract, samples=samples).units
     update = float(updates.amax())
     ratios = iterate.gains if iterate.gains is not None else torch.full_like(updates, math.inf)
     ratios = observed_ratios(updates, earlier, ratios, floor)
@@ -157,6 +159,7 @@ def _seen(
     floor: torch.Tensor,
     contract: Contract,
     distances: tuple[int, ...],
+    samples: bool,
 ) -> Seen:
     """Return ``before`` renewed: ``updates`` led to where ``h`` is ``values`` and the steps are ``residual`` from it."""
     if before is None:
@@ -164,7 +167,7 @@ def _seen(
         return Seen(values, unknown, unknown)
     if before.values is None:
         return Seen(values, before.gains, before.effects)
-    passed = compared(values, before.values, contract).units
+    passed = compared(values, before.values, contract, samples=samples).units
     gains = observed_gains(passed, updates, before.gains, floor, distances)
     return Seen(values, gains, observed_gains(residual, updates, before.effects, floor, distances))
 

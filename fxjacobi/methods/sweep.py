@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fxjacobi.methods.comparison import compared
+from fxjacobi.methods.frozen import apart
 from fxjacobi.methods.method import Contract, Iterate
 from fxjacobi.methods.probe import probed_gains
 from fxjacobi.methods.settle import (
@@ -58,7 +59,7 @@ def sweep(system: System, iterate: Iterate, contract: Contract, stop: int, seen:
         final, update = leading(~changed) + system.nearest, float(changed.double().mean())
         updates, gains, carried = None, None, iterate.carried
     else:
-        against = compared(raw, old, contract)
+        against = compared(raw, old, contract, samples=apart(system))
         moved, floor = against.units, against.floor
         assert iterate.updates is not None, "started() sets it"
         assert iterate.gains is not None, "started() sets it"
