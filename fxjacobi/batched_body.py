@@ -98,17 +98,18 @@ class Layout:
     def folding(self, graph: fx.GraphModule, shapes: tuple[tuple[int, tuple[int, ...]], ...]) -> fx.GraphModule:
         """Return ``graph`` with some placeholders, by number, reshaped first; the same one each time."""
         if shapes not in self.folded:
-            copy = fx.GraphModule(graph, fx.Graph())
+            reshaped = fx.Graph()
             values: dict[fx.Node, fx.Node] = {}
             placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
             to = {placeholders[index]: shape for index, shape in shapes}
             for node in graph.graph.nodes:
-                made = values[node] = copy.graph.node_copy(node, lambda n: values[n])
+                made = values[node] = reshaped.node_copy(node, lambda n: values[n])
                 if node in to:
                     reshape = torch.ops.aten.reshape.default
-                    values[node] = copy.graph.call_function(reshape, (made, list(to[node])))
-            # The output of a graph that reads a placeholder reads what that became.
-            copy.recompile()
+                    values[node] = reshaped.call_function(reshape, (made, list(to[node])))
+            # The output of a graph that reads a placeholder reads what that became. A module takes over the submodules
+            # that its graph calls (loops in the body) when it is made: it is made of the whole graph.
+            copy = fx.GraphModule(graph, reshaped)
             self.folded[shapes] = copy
         return self.folded[shapes]
 

@@ -7,6 +7,7 @@ Sequential is always a candidate; a method that had to fall back, or that is slo
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import statistics
 import time
@@ -19,6 +20,7 @@ from torch import fx, nn
 from fxjacobi.certificate import Certificate
 from fxjacobi.device.fused import FUSING_S
 from fxjacobi.device.step_graphs import step_graphs
+from fxjacobi.errors import GuessError
 from fxjacobi.loops import Carried, Kind, Loop
 from fxjacobi.methods.affine import Affine
 from fxjacobi.methods.anderson import Anderson
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from fxjacobi.saved_plan import Decision
 
 __all__ = ["METHOD_OF_NAME", "Chosen", "choose_methods"]
+
+_log = logging.getLogger(__name__)
 
 METHOD_OF_NAME: dict[str, type[Method]] = {
     "sequential": Sequential,
@@ -234,7 +238,10 @@ def _fastest(
         return best[0]
 
     cores = torch.get_num_threads() if system.base()[0].device.type == "cpu" else 1
-    likely = candidates(loop, False, system=system, contract=contract)
+    try:
+        likely = candidates(loop, False, system=system, contract=contract)
+    except Exception as error:  # noqa: BLE001 - as in _time()
+        return *best, [_failed("measuring its memory", error)]
     for method in _by_lanes(likely, cores, leader):
         if isinstance(method, Sequential):
             continue
@@ -293,6 +300,10 @@ def _time(
             solved(*operands)
         except TrialError as end:
             return Candidate(method.name, note=str(end)), None
+        except GuessError:
+            raise  # the caller's own function
+        except Exception as error:  # noqa: BLE001 - a candidate's fault must not take the other ways of the loop away
+            return _failed(method.name, error), None
         times.append(clock())
         # A first solve traces and compiles: it shows that a method is slow only where it is slower than that.
         slow = min(times) > 2 * best + (_WARM_S if len(times) == 1 else 0.0)
@@ -306,13 +317,23 @@ def _time(
     return Candidate(method.name, median, last.sweeps), median
 
 
+def _failed(name: str, error: Exception) -> Candidate:
+    """Note a method, or what its size comes from, that raised: a fault of ours, which the plan and the log name."""
+    _log.warning("%s failed while it was measured", name, exc_info=error)
+    return Candidate(name, lawful=False, note=f"it raised {type(error).__name__}: {error}")
+
+
 def _would_gain(loop: Loop, operands: Sequence[Any], sequential: float, seconds: float) -> str:
-    """What the likeliest method gains at a tolerance of 1e-5, if the loop is long enough to ask."""
+    """What the likeliest method gains at a tolerance of 1e-5, if the loop is long enough to ask; nothing if it fails."""
     if not _has_float_state(loop) or 8 * sequential > seconds:
         return ""  # asking would cost the user more than the answer is worth
     contract = Contract(_OTHER_CONTRACT, 0.0)
     system = System(loop, tuple(operands))
-    likely = next(iter(candidates(loop, False, system=system, contract=contract)), None)
+    try:
+        likely = next(iter(candidates(loop, False, system=system, contract=contract)), None)
+    except Exception as error:  # noqa: BLE001 - a sentence of the plan is not worth the compile
+        _failed("measuring its memory", error)
+        return ""
     if likely is None or isinstance(likely, Sequential):
         return ""
     from fxjacobi.options import Options
@@ -330,12 +351,16 @@ def _forced(loop: Loop, operands: Sequence[Any], options: Options, contract: Con
     if not lawful(kind(), loop, contract):
         return Chosen(Sequential(), f"{options.method} was asked for, and is not lawful here under this contract")
     system = System(loop, tuple(operands), memory_limit=options.memory_limit)
-    likely = candidates(loop, False, system=system, contract=contract) if loop.trip_count > 1 else []
-    method = next((m for m in likely if isinstance(m, kind)), None)
-    if method is None:
-        length = memory_length(system, contract) if kind in (Windowed, Chunked) else None
-        method = sized(kind, loop, length)
-    return Chosen(method, f"{options.method} was asked for")
+    noted: tuple[Candidate, ...] = ()
+    try:
+        likely = candidates(loop, False, system=system, contract=contract) if loop.trip_count > 1 else []
+        method = next((m for m in likely if isinstance(m, kind)), None)
+        if method is None:
+            length = memory_length(system, contract) if kind in (Windowed, Chunked) else None
+            method = sized(kind, loop, length)
+    except Exception as error:  # noqa: BLE001 - as in _time()
+        method, noted = sized(kind, loop, None), (_failed("measuring its memory", error),)
+    return Chosen(method, f"{options.method} was asked for", noted)
 
 
 def _has_float_state(loop: Loop) -> bool:

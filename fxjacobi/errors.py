@@ -9,6 +9,7 @@ __all__ = [
     "ExactnessWarning",
     "FxjacobiError",
     "GuardFailed",
+    "GuessError",
     "PassError",
     "PlanError",
     "StateChangedError",
@@ -46,6 +47,10 @@ class PassError(FxjacobiError):
 
 class PlanError(FxjacobiError):
     """A saved plan does not belong to this graph, device or torch build."""
+
+
+class GuessError(FxjacobiError, ValueError, RuntimeError):
+    """The user's function of a guess (:class:`fxjacobi.methods.Given`) gave something else than a trajectory."""
 
 
 class ExactnessError(FxjacobiError):

@@ -44,7 +44,7 @@ def scan(
         TypeError: A leaf of ``xs`` is no tensor, or ``step`` does not return a pair.
     """
     leaves, structure = pytree.tree_flatten(xs)
-    tensors = [leaf for leaf in leaves if leaf is not None]
+    tensors = _present(leaves)
     steps = _length(tensors, length)
     carry = init
     before, carried = pytree.tree_flatten(init)
@@ -84,8 +84,8 @@ def scan(
     if recorder is not None and apart is not None:
         before, slices = apart[: len(before)], apart[len(before) :]
         carry = pytree.tree_unflatten(before, carried)
-        recording = ScanRecording(recorder, before, tensors, reverse=reverse)
-        recording.begin([x for x in slices if x is not None])
+        recording = ScanRecording(recorder, _present(before), tensors, reverse=reverse)
+        recording.begin(_present(slices))
         given, first = [*given, *first], slices
     one(order[0], first)
     if recording is not None and apart is not None:
@@ -94,7 +94,7 @@ def scan(
         outputs[0] = [written.get(id(v), v) for v in outputs[0]]
     values = None
     if recording is not None:
-        values = recording.recorded(pytree.tree_leaves(carry), [v for v in outputs[0] if v is not None])
+        values = recording.recorded(_present(pytree.tree_leaves(carry)), _present(outputs[0]))
     if recording is None or values is None or recorder is None:
         all_but_first()
         return carry, _stacked(outputs, shape_of_outputs, reverse)
@@ -103,13 +103,18 @@ def scan(
         nonlocal carry
         all_but_first()
         leaves_of_carry, shape = pytree.tree_flatten(carry)
-        carry = pytree.tree_unflatten([leaf.clone() for leaf in leaves_of_carry], shape)
+        carry = pytree.tree_unflatten([None if leaf is None else leaf.clone() for leaf in leaves_of_carry], shape)
         return _stacked(outputs, shape_of_outputs, reverse)
 
     ys = recording.run_unrecorded(rest)
-    stacked_leaves = [y for y in pytree.tree_leaves(ys) if y is not None]
-    recording.finish(steps, values, pytree.tree_leaves(carry), stacked_leaves, recorder.root)
+    stacked_leaves = _present(pytree.tree_leaves(ys))
+    recording.finish(steps, values, _present(pytree.tree_leaves(carry)), stacked_leaves, recorder.root)
     return carry, ys
+
+
+def _present(leaves: list[Any]) -> list[Any]:
+    """Return the leaves that are not ``None``: these the loop carries, reads and yields."""
+    return [leaf for leaf in leaves if leaf is not None]
 
 
 def _written_back(

@@ -18,7 +18,7 @@ from fxjacobi.footprint import StateSize
 from fxjacobi.lanes import cores
 from fxjacobi.methods.affine import Affine
 from fxjacobi.methods.comparison import Comparison, agree, compared
-from fxjacobi.methods.frozen import Samples
+from fxjacobi.methods.frozen import Samples, apart
 from fxjacobi.methods.guess import Base, Guess
 from fxjacobi.methods.jacobian import batch_size
 from fxjacobi.methods.method import Contract, Iterate, Method
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from fxjacobi.batched_body import Batch
     from fxjacobi.loops import Loop
+    from fxjacobi.methods.settle import PassedOn
 
 __all__ = ["Solved", "TrialError", "lawful", "solve", "solve_system"]
 
@@ -138,13 +139,14 @@ def _swept_in_windows(system: System, method: Method, contract: Contract, guess:
     if window < system.steps:
         states = _own(states)
     start, prefixes, active = 0, list[int](), list[int]()
+    carried: PassedOn = ()
     while True:
         stop = min(system.steps, start + window)
         part = system if stop - start == system.steps else system.between(start, stop, states)
         some = part.base() if isinstance(guess, Base) else tuple(s[start:stop] for s in states)
         left = None if contract.max_sweeps is None else max(0, contract.max_sweeps - len(prefixes))
         try:
-            swept = _swept(part, method, replace(contract, max_sweeps=left), some)
+            swept = _swept(part, method, replace(contract, max_sweeps=left), some, carried)
         except torch.OutOfMemoryError:
             if stop - start == 1:
                 logger.info("%s: one step does not fit in memory; completing in order", method.name)
@@ -165,6 +167,8 @@ def _swept_in_windows(system: System, method: Method, contract: Contract, guess:
             return _Swept(Iterate(states, start + iterate.prefix), tuple(prefixes), tuple(active), window)
         if stop == system.steps:
             return _Swept(Iterate(states, stop, 0.0), tuple(prefixes), tuple(active), window)
+        # What is left of the window's errors goes on into the next.
+        carried = iterate.carried if iterate.prefix == part.steps else ((iterate.update, 0.0),)
         start = stop
 
 
@@ -180,13 +184,13 @@ def _window(system: System, method: Method) -> int:
     return max(1, min(system.steps, system.memory_limit // own))
 
 
-def _swept(system: System, method: Method, contract: Contract, states: States) -> _Swept:
+def _swept(system: System, method: Method, contract: Contract, states: States, carried: PassedOn = ()) -> _Swept:
     """Sweep from ``states`` until ``method`` is done, its bound is reached, or it gets nowhere."""
     bound = system.steps if contract.max_sweeps is None else min(contract.max_sweeps, system.steps)
     if isinstance(method, Affine):
         bound = max(bound, 1)
     samples = Samples.of(system, method, contract)
-    iterate = method.init(system, states, contract)
+    iterate = replace(method.init(system, states, contract), carried=carried)
     trace = _Trace(contract.patience)
     while not method.done(iterate, contract) and len(trace.prefixes) < bound and not trace.stalled:
         if contract.trial_until is not None and time.perf_counter() > contract.trial_until:
@@ -295,12 +299,18 @@ def _residuals(system: System, iterate: Iterate, contract: Contract) -> _Residua
     if at is None or iterate.others is None or len(at) == system.steps:
         outputs = system.evaluate(states)
         values = system.pick(outputs)
-        return _Residuals(None, values, {o: outputs[o] for o in system.others}, compared(values, states, contract))
+        return _Residuals(
+            None,
+            values,
+            {o: outputs[o] for o in system.others},
+            compared(values, states, contract, samples=apart(system)),
+        )
     outputs = system.evaluate_at(states, at)
     index = positions(at, states[0].device)
     found = system.pick(outputs)
     others = {o: v.index_put((index,), outputs[o]) for o, v in iterate.others.items()}
-    return _Residuals(at, found, others, compared(found, tuple(s.index_select(0, index) for s in states), contract))
+    there = tuple(s.index_select(0, index) for s in states)
+    return _Residuals(at, found, others, compared(found, there, contract, samples=apart(system)))
 
 
 def _complete(system: System, states: States, others: dict[int, torch.Tensor], prefix: int, record: Solution) -> Solved:

@@ -22,7 +22,7 @@ from fxjacobi.device.runner import Refused
 from fxjacobi.device.solve_form import Progress, SolveForm, SolveSession
 from fxjacobi.loops import Carried, Invariant, Literal
 from fxjacobi.methods.chunked import Chunked
-from fxjacobi.methods.settle import errors_to_come, floors, leading, observed_gains
+from fxjacobi.methods.settle import errors_along, floors, observed_gains
 from fxjacobi.timing import interleaved, once
 
 if TYPE_CHECKING:
@@ -275,15 +275,16 @@ class _Progress(Progress):
         session, count = self._session, self._session.count
         every = torch.tensor(numbers, dtype=torch.float64)
         moved, floor, off = every[:count], every[count : 2 * count], every[2 * count :]
-        final, update = leading(moved <= floor), float(moved.amax())
+        update = float(moved.amax())
         self._gains = observed_gains(moved, self._updates, self._gains, floor, (1,))
         if off.numel() and not self.prefixes:
             known = torch.isfinite(off) & (off > 4 * floor[1:])
             self._gains[1:] = torch.where(known, moved[1:] / off.clamp_min(1e-300), torch.full_like(off, math.inf))
         self._updates = moved
+        found = errors_along(moved, self._gains, floor, (1,), kept=True, share=1.0, whole=update <= 1.0)
         if update <= 1.0:
-            update = max(update, errors_to_come(moved, self._gains, floor, (1,))[1])
-        prefix = session.total if final == count else session.starts[final]
+            update = max(update, found.before)
+        prefix = session.total if found.final == count else session.starts[found.final]
         self.prefixes.append(prefix)
         self.done = prefix == session.total or update <= 1.0
 

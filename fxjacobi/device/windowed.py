@@ -20,7 +20,7 @@ from fxjacobi.device.norms import distance, leading_count
 from fxjacobi.device.runner import Refused
 from fxjacobi.device.solve_form import Progress, SolveForm, SolveSession
 from fxjacobi.loops import Invariant, Literal
-from fxjacobi.methods.settle import distances_of, errors_to_come, floors, leading, observed_gains
+from fxjacobi.methods.settle import PassedOn, distances_of, errors_along, floors, observed_gains
 from fxjacobi.methods.windowed import Windowed
 
 if TYPE_CHECKING:
@@ -128,13 +128,14 @@ class _Progress(Progress):
         self._distances = distances_of(session.system)
         self._prefix = self._seen = 0
         self._best, self._since, self._from = math.inf, 0, 0
+        self._carried: PassedOn = ()
         self.prefixes = []
         self.done = self.stalled = False
 
     @override
     def add(self, numbers: Sequence[float]) -> None:
         """Take the updates of one sweep in."""
-        session, total, window = self._session, self._session.total, self._session.window
+        total, window = self._session.total, self._session.window
         stop, prefix = int(numbers[0]), int(numbers[1])
         values = torch.tensor(numbers[2:], dtype=torch.float64)
         start, skipped = self._prefix, self._prefix - (stop - window)
@@ -144,9 +145,16 @@ class _Progress(Progress):
         self._gains = observed_gains(updates, self._updates, self._gains, every, self._distances)
         self._gains[min(self._seen, stop) :] = math.inf
         update = float(moved.amax())
-        if update <= 1.0 and stop == total:
-            update = max(update, errors_to_come(moved, self._gains[start:stop], floor, self._distances)[0])
-        assert prefix == min(stop, start + leading(moved <= floor) + session.system.nearest)
+        whole = update <= 1.0 and stop == total
+        found = errors_along(
+            moved, self._gains[start:stop], floor, self._distances, self._carried, share=1.0, whole=whole
+        )
+        if whole:
+            update = max(update, found.after)
+        self._carried = found.carried
+        assert prefix >= min(stop, start + found.final)
+        # The device takes steps that moved within rounding for final; where these add up, the driver solves it anew.
+        drifted = prefix > start + found.final
         if prefix == total:
             update = 0.0
         elif stop < total:
@@ -154,7 +162,8 @@ class _Progress(Progress):
         self._watch(update, prefix, moved_on=stop != self._seen)
         self._updates, self._prefix, self._seen = updates, prefix, stop
         self.prefixes.append(prefix)
-        self.done = update <= 1.0
+        self.done = update <= 1.0 and not drifted
+        self.stalled |= drifted
 
     def _watch(self, update: float, prefix: int, *, moved_on: bool) -> None:
         """Give up where sweeps make fewer than two steps final, as the driver does."""
@@ -163,5 +172,5 @@ class _Progress(Progress):
         if update <= self._best / 2 or moved_on:
             self._best, self._since, self._from = update, 0, prefix
         elif patience is not None and self._since >= patience:
-            self.stalled = prefix - self._from <= 2 * self._since
+            self.stalled |= prefix - self._from <= 2 * self._since
             self._since, self._from = 0, prefix

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from typing_extensions import override
 
+from fxjacobi.batched_body import BatchedBody
 from fxjacobi.footprint import row_bytes
+from fxjacobi.graph import TensorSpec
 from fxjacobi.linearity import affinity
+from fxjacobi.loops import Carried
 from fxjacobi.methods.associative_scan import affine_scan
 from fxjacobi.methods.jacobian import batch_size, full, linear_part, windows
 from fxjacobi.methods.method import Contract, Iterate, Method
@@ -29,14 +32,17 @@ class Affine(Method):
 
     Elementwise where each element depends on itself only (minGRU, linear attention, exponential averages, diagonal
     SSMs), with ``A_t 1`` one forward-mode product; a scan of matrices otherwise. Applies where the body is affine in its
-    state by structure (:func:`fxjacobi.linearity.affinity`).
+    state by structure (:func:`fxjacobi.linearity.affinity`), and the state is real.
     """
 
     keeps_bits: ClassVar[bool] = False
 
     @override
     def applies(self, loop: Loop) -> bool:
-        return affinity(loop) is not None
+        # An affine map of complex numbers may conjugate them: then one derivative along 1 does not tell the factor.
+        outputs = BatchedBody.of(loop).output_specs
+        specs = [outputs[b.output] for b in loop.bindings if isinstance(b, Carried)]
+        return affinity(loop) is not None and not any(isinstance(s, TensorSpec) and s.dtype.is_complex for s in specs)
 
     @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:

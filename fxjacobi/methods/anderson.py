@@ -74,7 +74,7 @@ class Anderson(Method):
             changed = torch.cat([b - a for a, b in pairwise(residuals)], dim=1)
             gamma = self._coefficients(changed, residual)
             proposal = unflattened(at - (gamma.unsqueeze(-1) * (moved + changed)).sum(1, keepdim=True), values)
-        iterate = advance(system, iterate, contract, values, proposal, second_order=False)
+        iterate = advance(system, iterate, contract, values, proposal, second_order=False, combines=True)
         return replace(iterate, memory=_History(states, residuals))
 
     def _coefficients(self, changed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -106,6 +106,11 @@ class Anderson(Method):
         return replace(iterate, memory=part)
 
     @override
+    def moved(self, before: Iterate, after: Iterate) -> tuple[States, States] | None:
+        # A combination may stay where it is, and the equations may not hold there.
+        return None if after.seen is None or after.seen.values is None else (after.seen.values, before.states)
+
+    @override
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
         # Two histories, their differences, and these in float64.
-        return (2 + 2 + 2 * 2) * (self.history + 1) * size.bytes
+        return (2 + 2 + 2 * 2) * (self.history + 1) * size.bytes + size.bytes

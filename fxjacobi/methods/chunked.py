@@ -13,11 +13,12 @@ from typing_extensions import override
 from fxjacobi.footprint import input_bytes
 from fxjacobi.methods.chunks import Chunks, Heads, heads_of, prepared, run_chunks, with_heads
 from fxjacobi.methods.comparison import compared
-from fxjacobi.methods.frozen import independent, settled
+from fxjacobi.methods.frozen import apart, independent, settled
 from fxjacobi.methods.method import Contract, Iterate, Method
 from fxjacobi.methods.settle import (
+    amplification,
     changed_steps,
-    errors_to_come,
+    errors_along,
     leading,
     observed_gains,
     replace_non_finite,
@@ -170,6 +171,7 @@ def _exchange(system: System, iterate: Iterate, states: States, used: Heads, con
     heads = heads_of(system, states, active)
     used = _of_all_samples(chunks, used, heads)
     updates = gains = None
+    carried = iterate.carried
     if contract.exact:
         changed = torch.zeros(len(active), dtype=torch.bool, device=heads[0].device)
         for new, old in zip(heads, used, strict=True):
@@ -177,7 +179,7 @@ def _exchange(system: System, iterate: Iterate, states: States, used: Heads, con
         final, update = leading(~changed), float(changed.double().mean())
     else:
         moved, floor, off = _moves(system, chunks, states, heads, used, contract)
-        final, update = leading(moved <= floor), float(moved.amax())
+        update = float(moved.amax())
         assert iterate.updates is not None, "init() sets it"
         assert iterate.gains is not None, "init() sets it"
         updates = torch.zeros_like(iterate.updates)
@@ -189,8 +191,11 @@ def _exchange(system: System, iterate: Iterate, states: States, used: Heads, con
             every = torch.zeros_like(updates)
             every[chunks.first :] = floor
             gains = observed_gains(updates, iterate.updates, iterate.gains, every, (1,))
+        # What came out is the trajectory from the starts that were used: its error is that before they moved.
+        found = errors_along(moved, gains[chunks.first :], floor, (1,), iterate.carried, kept=True, whole=update <= 1.0)
+        final, carried = found.final, found.carried
         if update <= 1.0:
-            update = max(update, errors_to_come(moved, gains[chunks.first :], floor, (1,))[1])
+            update = max(update, found.before)
     finals = chunks.first + final
     prefix = system.steps if finals == len(chunks.starts) else chunks.starts[finals]
     if prefix == system.steps:
@@ -198,14 +203,17 @@ def _exchange(system: System, iterate: Iterate, states: States, used: Heads, con
     unfinished = update > (0.0 if contract.exact else 1.0)
     following = chunks
     if unfinished:
-        samples = _unsettled(system, chunks, heads, used, contract)
+        samples = _unsettled(system, chunks, heads, used, contract, gains)
         following = with_heads(chunks, _finite_heads(system, heads, system.base(), final + 1))
         if chunks.warm_up or 2 * final >= len(active) or samples is not chunks.samples:
             following = prepared(
                 system, states, chunks.starts, chunks.length, finals, samples=samples, cores=chunks.cores
             )
             following = with_heads(following, _finite_heads(system, following.heads, system.base(), 1))
-    return replace(iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, memory=following)
+    return replace(
+        iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, memory=following,
+        carried=carried,
+    )  # fmt: skip
 
 
 def _of_all_samples(chunks: Chunks, used: Heads, heads: Heads) -> Heads:
@@ -224,16 +232,17 @@ def _moves(
     """
     count = len(heads[0])
     if not chunks.warm_up:
-        apart = compared(heads, used, contract)
-        return apart.units, apart.floor, apart.units[:0]
+        far = compared(heads, used, contract, samples=apart(system))
+        return far.units, far.floor, far.units[:0]
     there = heads_of(system, states, chunks.rows[1:])
     # In one comparison: a call on few rows costs more than its arithmetic.
-    apart = compared(
+    far = compared(
         tuple(map(torch.cat, zip(heads, there, strict=True))),
         tuple(torch.cat([u, g[1:]]) for u, g in zip(used, chunks.heads, strict=True)),
         contract,
+        samples=apart(system),
     )
-    return apart.units[:count], apart.floor[:count], apart.units[count:]
+    return far.units[:count], far.floor[:count], far.units[count:]
 
 
 def _warm_gains(chunks: Chunks, moved: torch.Tensor, floor: torch.Tensor, off: torch.Tensor) -> torch.Tensor:
@@ -248,12 +257,17 @@ def _warm_gains(chunks: Chunks, moved: torch.Tensor, floor: torch.Tensor, off: t
     return torch.cat([torch.full((1,), math.inf, dtype=gains.dtype), gains])
 
 
-def _unsettled(system: System, chunks: Chunks, heads: Heads, used: Heads, contract: Contract) -> torch.Tensor | None:
+def _unsettled(
+    system: System, chunks: Chunks, heads: Heads, used: Heads, contract: Contract, gains: torch.Tensor | None
+) -> torch.Tensor | None:
     """Return the samples whose chunk starts still move; ``chunks.samples`` unless at least half have settled."""
     batch = heads[0].shape[1] if heads[0].dim() > 1 else 1
-    if contract.exact or batch == 1 or system.batch is not system.body or not independent(system):
+    if contract.exact or gains is None or batch == 1 or system.batch is not system.body or not independent(system):
         return chunks.samples
-    still = ~torch.stack([settled((n,), (o,), contract) for n, o in zip(heads, used, strict=True)]).all(0)
+    passed = gains[chunks.first :]
+    amplified = amplification(passed, torch.ones_like(passed), (1,))
+    rest = [settled((n,), (o,), contract, amplified) for n, o in zip(heads, used, strict=True)]
+    still = ~torch.stack(rest).all(0)
     count = int(still.sum())
     before = batch if chunks.samples is None else len(chunks.samples)
     return still.nonzero().squeeze(1).to(heads[0].device) if 0 < 2 * count <= before else chunks.samples

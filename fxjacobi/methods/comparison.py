@@ -48,10 +48,12 @@ class Comparison:
         return self.units <= self.floor.clamp_min(1.0)
 
 
-def compared(new: States, old: States, contract: Contract) -> Comparison:
+def compared(new: States, old: States, contract: Contract, *, samples: bool = False) -> Comparison:
     """Return how far ``new`` (a) is from ``old`` (b); both hold ``(n, *shape)`` for each tensor of the state.
 
-    Tensors of integers and bools are equal or infinitely far.
+    Tensors of integers and bools are equal or infinitely far. Where dimension 1 is a batch of ``samples`` and rows are steps
+    in order, no sample hides beneath a larger one: the scale of each is ``max |a|`` of all, but no more than its own has
+    been in this row or one before.
     """
     count = new[0].shape[0]
     units, floor, relative = np.zeros(count), np.zeros(count), np.zeros(count)
@@ -62,12 +64,19 @@ def compared(new: States, old: States, contract: Contract) -> Comparison:
                 np.maximum(units, apart, out=units)
                 np.maximum(relative, apart, out=relative)
                 continue
-            worst, size = _norms(a, b)
+            each = samples and a.dim() > 1 and a.shape[1] > 1 and a.numel() > 0
+            worst, size = _by_sample(a, b) if each else _norms(a, b)
             tolerance = contract.atol + contract.rtol * size
-            np.maximum(units, np.where(worst == 0, 0.0, worst / tolerance), out=units)
-            np.maximum(relative, np.where(worst == 0, 0.0, worst / size), out=relative)
+            found = np.where(worst == 0, 0.0, worst / tolerance)
+            share = np.where(worst == 0, 0.0, worst / size)
             epsilon = torch.finfo(a.dtype).eps * size
             rounding = np.minimum(np.maximum(tolerance, epsilon), ROUNDING * epsilon) / tolerance
+            if each:
+                found, share = found.max(1), share.max(1)
+                rounding = np.where(size > 0, rounding, math.inf).min(1)
+                tolerance = np.where(np.isfinite(rounding), 1.0, 0.0)
+            np.maximum(units, found, out=units)
+            np.maximum(relative, share, out=relative)
             np.maximum(floor, np.where(tolerance > 0, rounding, 0.0), out=floor)
     return Comparison(torch.from_numpy(units), torch.from_numpy(floor), torch.from_numpy(relative))
 
@@ -87,6 +96,13 @@ def agree(new: States, old: States, rtol: float) -> bool:
         elif not torch.equal(a, b):
             return False
     return bool((worst <= rtol * size).all())
+
+
+def _by_sample(a: torch.Tensor, b: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``max |a - b|`` and the scale of each row and sample, (n, samples)."""
+    rows, count = a.shape[:2]
+    worst, own = (v.reshape(rows, count) for v in _norms(a.flatten(0, 1), b.flatten(0, 1)))
+    return worst, np.minimum(np.maximum.accumulate(own, axis=0), own.max(1, keepdims=True))
 
 
 def _norms(a: torch.Tensor, b: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -11,10 +11,12 @@ from typing_extensions import override
 
 from fxjacobi.footprint import row_bytes
 from fxjacobi.methods.associative_scan import Elements, affine_scan, strided_scan
+from fxjacobi.methods.comparison import compared
+from fxjacobi.methods.frozen import apart
 from fxjacobi.methods.jacobian import batch_size, diagonals, nearest_carry, windows
 from fxjacobi.methods.linearised import advance, has_float_state
 from fxjacobi.methods.method import Contract, Iterate, Method
-from fxjacobi.methods.settle import replace_non_finite
+from fxjacobi.methods.settle import distances_of, errors_along, replace_non_finite
 
 if TYPE_CHECKING:
     from fxjacobi.footprint import StateSize
@@ -81,6 +83,8 @@ class Damped(Method):
         proposal = _proposal(system, iterate.states, region.values, region.diagonal, region.damping)
         moved = advance(system, iterate, contract, region.values, proposal, second_order=False, lands=False)
         values = system.next_states(moved.states)
+        if 0.0 < moved.update <= 1.0:
+            moved = replace(moved, update=max(moved.update, _error(system, moved, values, contract)))
         merit = _merit(moved.states, values)
         if merit < region.merit or moved.update <= 1.0:
             accepted = _Region(region.batch, region.damping / 10, values, (), merit)
@@ -109,7 +113,18 @@ class Damped(Method):
     @override
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
         # The scan of 2x2 matrices: their entries, and those of its halves.
-        return 20 * size.bytes + row_bytes(loop)
+        return 21 * size.bytes + row_bytes(loop)
+
+
+def _error(system: System, iterate: Iterate, values: States, contract: Contract) -> float:
+    """Return how far the iterate is from the answer by its residual: short steps say nothing of it."""
+    assert iterate.seen is not None, "a sweep sets it"
+    left, distances = compared(values, iterate.states, contract, samples=apart(system)), distances_of(system)
+    found = errors_along(left.units, iterate.seen.gains, left.floor, distances, iterate.carried)
+    if found.assumed:
+        seen = replace(iterate.seen, values=values).probed(system, iterate.states, left.settled, contract)
+        found = errors_along(left.units, seen.gains, left.floor, distances, iterate.carried)
+    return found.before
 
 
 def _merit(states: States, values: States) -> float:

@@ -14,12 +14,14 @@ from fxjacobi.batched_body import Strategy
 from fxjacobi.bits import equal_elements
 from fxjacobi.methods.comparison import compared
 from fxjacobi.methods.method import Contract, Iterate, Method
+from fxjacobi.methods.probe import disturbed_gains
+from fxjacobi.methods.settle import FINAL, amplification, distances_of
 
 if TYPE_CHECKING:
     from fxjacobi.loops import Loop
     from fxjacobi.system import States, System
 
-__all__ = ["Samples", "independent", "settled"]
+__all__ = ["Samples", "apart", "independent", "settled"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ _SHARE = 4
 """Frozen are at least one of so many: gathering the others' inputs costs a pass over these."""
 
 _independent: weakref.WeakKeyDictionary[Loop, bool] = weakref.WeakKeyDictionary()
+_apart: weakref.WeakKeyDictionary[Loop, bool] = weakref.WeakKeyDictionary()
 
 
 def independent(system: System) -> bool:
@@ -55,7 +58,7 @@ def _measured(system: System) -> bool:
     generator = torch.Generator().manual_seed(0)  # a private one: the caller's random state stays as it is
 
     def drawn(like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(like.shape, generator=generator).to(like) if like.is_floating_point() else like
+        return _drawn(like, generator)
 
     one = system.fixed(slice(0, rows))
     read = [drawn(c.before[-1:].expand(rows, *c.before.shape[1:])) for c in system.carries]
@@ -70,7 +73,7 @@ def _measured(system: System) -> bool:
         wanted = whole.index_select(1, kept)
         if not bool(equal_elements(wanted, moved.index_select(1, kept)).all()):
             return False
-        if wanted.is_floating_point():
+        if wanted.is_floating_point() or wanted.is_complex():
             atol = math.sqrt(torch.finfo(wanted.dtype).eps) * float(wanted.abs().nan_to_num(0.0, 0.0, 0.0).amax())
             if bool(
                 (compared((wanted,), (part,), Contract(atol=atol + torch.finfo(wanted.dtype).tiny)).units > 1).any()
@@ -81,6 +84,48 @@ def _measured(system: System) -> bool:
     return True
 
 
+def apart(system: System) -> bool:
+    """Whether dimension 0 of every carried value is a batch whose samples do not read one another's state.
+
+    Measured once for a loop, at random states of one step: for every pair of samples, another state of the one leaves
+    every bit of the other as it was. Where it holds, how far a sample has come is judged by its own size.
+    """
+    found = _apart.get(system.loop)
+    if found is None:
+        found = _apart[system.loop] = _measured_apart(system)
+    return found
+
+
+def _measured_apart(system: System) -> bool:
+    if not system.carries or any(c.before.dim() < 2 for c in system.carries):
+        return False
+    size = system.carries[0].before.shape[1]
+    if size < 2 or any(c.before.shape[1] != size for c in system.carries):
+        return False
+    generator = torch.Generator().manual_seed(0)  # a private one: the caller's random state stays as it is
+    fixed = system.fixed(slice(0, 1))
+    read = [_drawn(c.before[-1:], generator) for c in system.carries]
+    first = system.pick(system.body(_with(system, fixed, read), 1))
+    if any(value.shape[1:2] != (size,) for value in first):
+        return False
+    number = torch.arange(size)
+    for bit in range((size - 1).bit_length()):
+        for side in (0, 1):
+            kept = ((number >> bit & 1) == side).nonzero().flatten().to(read[0].device)
+            other = [_drawn(r, generator).index_copy(1, kept, r.index_select(1, kept)) for r in read]
+            again = system.pick(system.body(_with(system, fixed, other), 1))
+            pairs = ((a.index_select(1, kept), b.index_select(1, kept)) for a, b in zip(first, again, strict=True))
+            if not all(bool(equal_elements(a, b).all()) for a, b in pairs):
+                return False
+    return True
+
+
+def _drawn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if like.is_complex():
+        return torch.randn(like.shape, generator=generator, dtype=torch.complex64).to(like)
+    return torch.randn(like.shape, generator=generator).to(like) if like.is_floating_point() else like.clone()
+
+
 def _with(system: System, fixed: list[Any], read: list[torch.Tensor]) -> list[Any]:
     arguments = list(fixed)
     for position, carry in enumerate(system.carries):
@@ -88,19 +133,34 @@ def _with(system: System, fixed: list[Any], read: list[torch.Tensor]) -> list[An
     return arguments
 
 
-def settled(new: States, old: States, contract: Contract) -> torch.Tensor:
-    """Return for each sample whether no step of it moved by more than rounding, (B,); states are (T, B, ...)."""
+def settled(new: States, old: States, contract: Contract, amplified: float | torch.Tensor) -> torch.Tensor:
+    """Return for each sample whether it has come to rest, (B,); states are (T, B, ...).
+
+    No step of it moved by more than rounding; and what it moved by, ``amplified`` (all samples alike, or (B,)) along the
+    steps, is no more than a part of the tolerance.
+    """
     steps, size = new[0].shape[:2]
     apart_new, apart_old = (tuple(s.flatten(0, 1) for s in states) for states in (new, old))
-    still = compared(apart_new, apart_old, contract).settled
-    return still.reshape(steps, size).all(0).to(new[0].device)
+    found = compared(apart_new, apart_old, contract)
+    most = found.units.reshape(steps, size).amax(0)
+    rest = found.settled.reshape(steps, size).all(0) & (most * amplified <= FINAL)
+    return (rest | (most == 0)).to(new[0].device)
+
+
+def _amplified(method: Method, iterate: Iterate, system: System) -> float:
+    """Return what an update of one unit at each step still adds up to after a sweep; ``inf`` where nothing was seen."""
+    gains = effects = iterate.gains
+    if iterate.seen is not None:
+        residual = type(method).moved is not Method.moved  # then nothing of it has been taken into account
+        gains, effects = iterate.seen.gains, torch.ones_like(iterate.seen.gains) if residual else iterate.seen.effects
+    return math.inf if gains is None or effects is None else amplification(gains, effects, distances_of(system))
 
 
 class Samples:
     """The samples that a solve still iterates, for methods that can go on with some of them.
 
-    Every fourth sweep, samples that did not move by more than rounding at any step are frozen, if they are a quarter of
-    those left or more: their values stay, and the equations of the others are a system of their own.
+    Every fourth sweep, samples that have come to rest are frozen, if they are a quarter of those left or
+    more: their values stay, and the equations of the others are a system of their own.
 
     Args:
         system: The equations of the whole batch.
@@ -120,6 +180,7 @@ class Samples:
         self.counts: list[int] = []
         self._states: States | None = None
         self._sweeps = 0
+        self._amplified: torch.Tensor | None = None
 
     @staticmethod
     def of(system: System, method: Method, contract: Contract) -> Samples | None:
@@ -140,9 +201,11 @@ class Samples:
         return after if moved is None else self._frozen(method, after, *moved)
 
     def _frozen(self, method: Method, iterate: Iterate, new: States, old: States) -> Iterate:
-        done = settled(new, old, self.contract)
-        count = int(done.sum())
-        if count * _SHARE < done.shape[0] or count == done.shape[0]:
+        done = settled(new, old, self.contract, _amplified(method, iterate, self.system))
+        if not self._worth(done) and self._worth(settled(new, old, self.contract, 0.0)):
+            # What was seen is the gain of the samples that move most; those that rest may forget much sooner.
+            done = settled(new, old, self.contract, self._own(old))
+        if not self._worth(done):
             return iterate
         left = (~done).nonzero().flatten()
         part = method.of_samples(self.system, iterate, left)
@@ -152,15 +215,34 @@ class Samples:
         self.active = left if self.active is None else self.active[left]
         self.system = self.whole.of_samples(self.active)
         logger.debug("%s: %d samples are left after sweep %d", method.name, left.shape[0], self._sweeps)
-        updates = compared(tuple(n[:, left] for n in new), tuple(o[:, left] for o in old), self.contract).units
+        updates = compared(
+            tuple(n[:, left] for n in new), tuple(o[:, left] for o in old), self.contract, samples=True
+        ).units
         states = tuple(s[:, left] for s in iterate.states)
-        return replace(part, states=states, updates=updates, others=None, open=None)
+        seen = replace(part.seen, values=None) if part.seen is not None else None  # those were of more samples
+        return replace(part, states=states, updates=updates, seen=seen, others=None, open=None)
+
+    def _worth(self, done: torch.Tensor) -> bool:
+        count = int(done.sum())
+        return count * _SHARE >= done.shape[0] > count
+
+    def _own(self, states: States) -> torch.Tensor:
+        """Return :func:`_amplified` of each active sample by itself, measured once a solve by a disturbance."""
+        if self._amplified is None:
+            samples = states[0].shape[1]
+            gains = disturbed_gains(self.system, states, self.contract, samples)
+            self._amplified = torch.full((self.whole.carries[0].before.shape[1],), math.inf, dtype=torch.float64)
+            own = [amplification(g, torch.ones_like(g), distances_of(self.system)) for g in gains.unbind(1)]
+            where = slice(None) if self.active is None else self.active.cpu()
+            self._amplified[where] = torch.tensor(own, dtype=torch.float64)
+        return self._amplified if self.active is None else self._amplified[self.active.cpu()]
 
     def thawed(self, iterate: Iterate) -> Iterate:
         """Return the iterate with all samples in their places."""
         if self.active is None:
             return iterate
-        iterate = replace(iterate, states=self._merged(iterate.states), others=None, open=None)
+        seen = replace(iterate.seen, values=None) if iterate.seen is not None else None
+        iterate = replace(iterate, states=self._merged(iterate.states), seen=seen, others=None, open=None)
         self.active, self._states, self.system = None, None, self.whole
         return iterate
 

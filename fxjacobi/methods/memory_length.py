@@ -31,7 +31,7 @@ def memory_length(system: System, contract: Contract, limit: int = LONGEST_MEMOR
     chunks = prepared(system, system.base(), starts, limit)
     generator = torch.Generator().manual_seed(0)  # a private one: the caller's random state stays as it is
     heads = tuple(
-        head + torch.randn(head.shape, generator=generator).to(head) if head.is_floating_point() else head
+        head + _drawn(head, generator) if head.is_floating_point() or head.is_complex() else head
         for head in chunks.heads
     )
     runs: list[States] = []
@@ -42,3 +42,8 @@ def memory_length(system: System, contract: Contract, limit: int = LONGEST_MEMOR
     far = (compared(runs[0], runs[1], contract).units > 1.0).nonzero()
     length = int(far[-1]) + 2 if far.numel() else 1
     return length if length <= limit else None
+
+
+def _drawn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    dtype = torch.complex64 if like.is_complex() else torch.float32
+    return torch.randn(like.shape, generator=generator, dtype=dtype).to(like)

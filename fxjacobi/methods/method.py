@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from fxjacobi.footprint import StateSize
     from fxjacobi.loops import Loop
+    from fxjacobi.methods.linearised import Seen
+    from fxjacobi.methods.settle import PassedOn
     from fxjacobi.system import States, System
 
 __all__ = ["Contract", "Iterate", "Method"]
@@ -75,7 +77,9 @@ class Iterate:
         updates: The same for each step (T,), where the method keeps it.
         gains: For each step, by how much it last passed an update of the steps before on; ``inf`` where unknown.
         stop: Where the steps that are being iterated end; updates of different ranges are not compared.
+        carried: What is left of errors within the tolerance at the last final steps (:class:`fxjacobi.methods.settle.Errors`).
         memory: What the method itself carries from sweep to sweep.
+        seen: What sweeps of a method that linearises have shown of the equations (:class:`fxjacobi.methods.linearised.Seen`).
         others: The outputs of the body that are results and no state, by output index, ``(T, ...)``, where the sweep
             yielded them.
         open: The steps whose equations the last sweep may have evaluated at other values than ``states`` now holds; at
@@ -88,7 +92,9 @@ class Iterate:
     updates: torch.Tensor | None = None
     gains: torch.Tensor | None = None
     stop: int | None = None
+    carried: PassedOn = ()
     memory: Any = None
+    seen: Seen | None = None
     others: dict[int, torch.Tensor] | None = None
     open: tuple[int, ...] | None = None
 

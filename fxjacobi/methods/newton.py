@@ -59,7 +59,7 @@ class Newton(Method):
 
     @override
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
-        return size.jacobian_bytes + row_bytes(loop)
+        return size.bytes + size.jacobian_bytes + row_bytes(loop)
 
 
 def solve_linear(states: States, values: States, jacobian: torch.Tensor) -> States:

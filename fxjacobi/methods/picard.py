@@ -65,7 +65,7 @@ class Picard(Method):
 
     @override
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
-        return 4 * size.bytes
+        return 5 * size.bytes
 
 
 def _rounded(states: States) -> torch.Tensor:

@@ -67,4 +67,4 @@ class QuasiNewton(Method):
 
     @override
     def bytes_per_step(self, loop: Loop, size: StateSize) -> int:
-        return 6 * size.bytes + row_bytes(loop)
+        return 7 * size.bytes + row_bytes(loop)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from fxjacobi.methods.comparison import compared
+from fxjacobi.methods.frozen import apart
 from fxjacobi.methods.method import Contract, Iterate
+from fxjacobi.methods.probe import probed_gains
 from fxjacobi.methods.settle import (
     changed_steps,
     distances_of,
-    errors_to_come,
+    errors_along,
     leading,
     observed_gains,
     replace_non_finite,
@@ -49,35 +51,45 @@ def sweep(system: System, iterate: Iterate, contract: Contract, stop: int, seen:
         seen: Where the range of the sweep before ended: behind it an update says how wrong the guess was, and
             nothing of how updates are passed on.
     """
-    start = iterate.prefix
+    start, distances = iterate.prefix, distances_of(system)
     raw = system.next_states(iterate.states, start, stop)
     old = tuple(value[start:stop] for value in iterate.states)
     if contract.exact:
         changed = changed_steps(raw, old)
-        unchanged, update = leading(~changed), float(changed.double().mean())
-        updates = gains = None
+        final, update = leading(~changed) + system.nearest, float(changed.double().mean())
+        updates, gains, carried = None, None, iterate.carried
     else:
-        against = compared(raw, old, contract)
-        moved, floor, unchanged = against.units, against.floor, leading(against.settled)
+        against = compared(raw, old, contract, samples=apart(system))
+        moved, floor = against.units, against.floor
         assert iterate.updates is not None, "started() sets it"
         assert iterate.gains is not None, "started() sets it"
         updates = torch.zeros_like(iterate.updates)
         updates[start:stop] = moved
         every = torch.zeros_like(updates)
         every[start:stop] = floor
-        gains = observed_gains(updates, iterate.updates, iterate.gains, every, distances_of(system))
+        gains = observed_gains(updates, iterate.updates, iterate.gains, every, distances)
         gains[min(seen, stop) :] = math.inf
         update = float(moved.amax())
-        if update <= 1.0 and stop == system.steps:
-            update = max(update, errors_to_come(moved, gains[start:stop], floor, distances_of(system))[0])
+        whole = update <= 1.0 and stop == system.steps
+        found = errors_along(moved, gains[start:stop], floor, distances, iterate.carried, whole=whole)
+        if found.assumed:
+            gains[start:stop] = probed_gains(
+                system, iterate.states, raw, gains[start:stop], moved <= floor, contract, start
+            )
+            found = errors_along(moved, gains[start:stop], floor, distances, iterate.carried, whole=whole)
+        final, carried = found.final, found.carried
+        if whole:
+            update = max(update, found.after)
     base = tuple(value[start:stop] for value in system.base())
-    new = replace_non_finite(raw, base, unchanged + system.nearest)
+    new = replace_non_finite(raw, base, final)
     states = new
     if start > 0 or stop < system.steps:
         states = tuple(torch.cat([s[:start], n, s[stop:]]) for s, n in zip(iterate.states, new, strict=True))
-    prefix = min(stop, start + unchanged + system.nearest)
+    prefix = min(stop, start + final)
     if prefix == system.steps:
         update = 0.0
     elif stop < system.steps:
         update = max(update, 1.0 + 1e-9)  # the steps behind the window are not solved yet
-    return replace(iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, stop=stop)
+    return replace(
+        iterate, states=states, prefix=prefix, update=update, updates=updates, gains=gains, stop=stop, carried=carried
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import fxjacobi
 from fxjacobi.scan import scan
 
 
@@ -70,3 +71,23 @@ def test_scan_refuses_other_types() -> None:
         scan(lambda c, x: (c, x), torch.ones(1), [1, 2])
     with pytest.raises(TypeError, match="pair"):
         scan(lambda c, x: c, torch.ones(1), torch.ones(2))
+
+
+def test_a_carry_may_hold_none() -> None:
+    def mapped(xs: torch.Tensor) -> Any:
+        return scan(lambda carry, x: (carry, 2 * x), None, xs)
+
+    def half(xs: torch.Tensor) -> Any:
+        return scan(lambda c, x: ((torch.tanh(c[0] + x), None), c[0]), (torch.zeros(4), None), xs)
+
+    def last(xs: torch.Tensor) -> Any:
+        (state, nothing), _ = scan(lambda c, x: ((c[0] + x, None), None), (torch.zeros(4), None), xs)
+        return state, nothing
+
+    xs = torch.randn(40, 4)
+    for model in (mapped, half, last):
+        compiled = fxjacobi.compile(model, measure=False, strict=True)
+        for _ in range(2):
+            found, wanted = compiled(xs), model(xs)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        assert compiled.report.solved

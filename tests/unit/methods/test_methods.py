@@ -24,7 +24,7 @@ from fxjacobi.methods import (
 from fxjacobi.methods.comparison import compared
 from fxjacobi.methods.damped import smooth
 from fxjacobi.methods.jacobian import batch_size, diagonals, full, windows
-from fxjacobi.methods.settle import errors_to_come, floors, leading, replace_non_finite
+from fxjacobi.methods.settle import errors_along, floors, leading, replace_non_finite
 from fxjacobi.solve import solve
 from fxjacobi.system import System
 from fxjacobi.testing.recurrences import Recurrence, affine_dense, affine_diagonal, gru, lstm, rnn
@@ -171,14 +171,34 @@ def test_units() -> None:
 
 def test_errors_to_come_follow_the_gains() -> None:
     updates, floor = torch.full((50,), 0.5).double(), torch.full((50,), 1e-3).double()
-    shrinking, _ = errors_to_come(updates, torch.full((50,), 0.1).double(), floor, (1,))
-    growing, _ = errors_to_come(updates, torch.full((50,), 1.5).double(), floor, (1,))
-    unknown, _ = errors_to_come(updates, torch.full((50,), float("inf")).double(), floor, (1,))
-    assert shrinking < 0.1
-    assert growing > 1e6
-    assert unknown == float("inf")
-    settled, _ = errors_to_come(updates * 1e-4, torch.full((50,), float("inf")).double(), floor, (1,))
-    assert settled == 0.0
+    unknown = torch.full((50,), float("inf")).double()
+    assert errors_along(updates, torch.full((50,), 0.1).double(), floor, (1,)).after < 0.1
+    assert errors_along(updates, torch.full((50,), 1.5).double(), floor, (1,)).after > 1e6
+    assert errors_along(updates, unknown, floor, (1,)).after == float("inf")
+
+
+def test_updates_within_rounding_add_up() -> None:
+    """A drift of less than rounding a step is no rounding: without a gain to dampen it, it is passed on undiminished."""
+    floor = torch.full((3000,), 0.1).double()
+    drift, unknown = torch.full((3000,), 0.04).double(), torch.full((3000,), float("inf")).double()
+    found = errors_along(drift, unknown, floor, (1,))
+    assert (found.final, found.assumed) == (7, True)  # a quarter of the tolerance
+    assert found.after == pytest.approx(2999 * 0.04)
+    # Dampened it is rounding again; the steps that do not move at all hand on what they were given.
+    found = errors_along(drift, torch.full_like(drift, 0.5), floor, (1,))
+    assert (found.final, found.assumed) == (3000, False)
+    assert found.after == pytest.approx(0.04)
+    later = errors_along(torch.zeros(9).double(), torch.ones(9).double(), floor[:9], (1,), found.carried)
+    assert later.after == pytest.approx(0.04)
+
+
+def test_an_error_of_the_rounding_of_the_ordinary_run_will_do() -> None:
+    """Where what is amplified is no more than the rounding of each step, more sweeps bring nothing nearer."""
+    floor, growing = torch.full((300,), 0.1).double(), torch.full((300,), 1.05).double()
+    once = torch.zeros(300).double()
+    once[0] = 0.005
+    assert errors_along(once, growing, floor, (1,)).final == 300
+    assert errors_along(once * 10, growing, floor, (1,)).after > 1e4
 
 
 def test_small_helpers() -> None:
