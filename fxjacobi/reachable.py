@@ -15,6 +15,7 @@ import functools
 import io
 import re
 import sys
+import threading
 import types
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol
@@ -32,6 +33,9 @@ __all__ = ["MISSING", "Code", "Held", "Place", "Wrapper", "held_by", "is_dynamic
 _LIBRARIES = (
     frozenset({"torch", "numpy", "builtins", "typing", "typing_extensions", "fxjacobi"}) | sys.stdlib_module_names
 )
+_OUTSIDE = frozenset({"logging", "asyncio", "concurrent", "multiprocessing", "socket", "subprocess", "_pytest"})
+"""Libraries whose objects lead to all of a program, and hold nothing that a model computes with."""
+
 _OWN_RULES = (object, nn.Module, Generic, Protocol)
 """Bases whose own attributes are known: what a subclass adds is read by its own code alone."""
 
@@ -275,6 +279,8 @@ def _torch_module(value: nn.Module, path: str) -> Held:
 
 def _object(value: Any, path: str) -> Held:
     kind = type(value)
+    if kind.__module__.partition(".")[0] in _OUTSIDE or kind is threading.Thread:
+        return Held()
     fields: Any = getattr(value, "__dict__", None)
     if isinstance(fields, dict) and not kind.__module__.startswith("torch._"):
         held = _attributes(value, fields, fields, path)

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import functools
 import itertools
+import logging
 import sys
 import types
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import nn
 
 import fxjacobi
 from fxjacobi.errors import CaptureWarning
+from fxjacobi.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -341,3 +343,18 @@ def test_large_tables_count_only_where_the_run_reads_them() -> None:
     assert compiled.report.solved
     with pytest.warns(CaptureWarning, match="too many Python values"):
         fxjacobi.compile(model.read)(x)
+
+
+def test_a_logger_leads_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    class Logged:
+        def __init__(self) -> None:
+            self.logger = logging.getLogger("test_watch")
+            self.logger.addHandler(caplog.handler)
+
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            self.logger.info("running")
+            return steps(x, 0.5)
+
+    watch = Watch()
+    watch.add(Logged().run, "")
+    assert len(watch) < 100
