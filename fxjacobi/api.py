@@ -60,7 +60,8 @@ def compile(  # noqa: A001 - the name that torch's users expect
     Raises:
         TypeError: ``model`` is not callable, or an option has the wrong type.
         ValueError: An option's value is out of range.
-        PlanError: ``plan`` was measured on another device or torch build; at the first call, for another graph or contract.
+        PlanError: ``plan`` was measured on another device or torch build, is damaged, or comes with a ``method``; at the
+            first call, for another graph or contract.
     """
     saved = SavedPlan.load(plan) if plan is not None else None
     if saved is not None:
@@ -72,6 +73,8 @@ def compile(  # noqa: A001 - the name that torch's users expect
         raise PlanError(
             f"{plan} was measured with rtol={saved.rtol:g}, atol={saved.atol:g}, not with {rtol:g}, {atol:g}"
         )
+    if saved is not None and method != "auto":
+        raise PlanError(f"{plan} says which methods to use; method={method!r} would be ignored: pass one of them")
     if isinstance(model, SolvedModule):
         model = model._original
     return SolvedModule(model, options)

@@ -18,8 +18,12 @@ class Certificate(Enum):
     EXACT_PREFIX = "the exact prefix reached the last equation"
     COMPLETED = "as many sweeps as the dependence graph is deep were run"
     TOLERANCE = "the last update was within the tolerance asked for"
-    RESIDUAL = "every equation holds within the tolerance asked for, and the updates die out"
-    SCANNED = "the equations are affine: one scan solved them, and each holds within the tolerance asked for"
+    RESIDUAL = (
+        "every equation holds within the tolerance asked for, or rounding where that is more, and the updates die out"
+    )
+    SCANNED = (
+        "the equations are affine: one scan solved them, and each holds within the tolerance asked for, or rounding"
+    )
     NOT_FINITE = "a value was not finite where the proof needs it to be; the rest was run in the ordinary order"
     FELL_BACK = "the sweeps did not converge within their bound; the rest was run in the ordinary order"
 

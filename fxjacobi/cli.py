@@ -87,7 +87,10 @@ def _explain(options: argparse.Namespace) -> int:
     plan = fxjacobi.explain(model, *arguments)
     print(plan)
     if options.html is not None:
-        plan.to_html(options.html)
+        try:
+            plan.to_html(options.html)
+        except OSError as error:
+            raise _Refusal(f"--html: {error}") from error
         print(f"written to {options.html}")
     return 0
 

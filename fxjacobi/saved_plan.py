@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,9 +78,17 @@ class Decision:
             raise PlanError("the saved plan has fewer recurrences than the graph")
         entry = self.methods[place]
         try:
-            return METHOD_OF_NAME[entry["name"]](**entry["options"])
-        except (KeyError, TypeError, ValueError) as error:
+            kind = METHOD_OF_NAME[entry["name"]]
+            known = describe_method(kind())["options"]
+            # Every option is a number or a bool: an integer is not written as 20.5, nor a bool as 1.
+            odd = [o for o, v in entry["options"].items() if type(v) not in {type(known[o]), int} or
+                   isinstance(known[o], bool) is not isinstance(v, bool)]  # fmt: skip
+            method: Method | None = None if odd else kind(**entry["options"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the saved plan names a method that this version does not have: {entry}") from error
+        if method is None:
+            raise PlanError(f"the saved plan is damaged: {', '.join(odd)} in {entry}")
+        return method
 
 
 @dataclass
@@ -122,6 +131,7 @@ class SavedPlan:
             }
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is damaged: {error}") from error
+        _check_types(path, content, decisions)
         named = {name: content[name] for name in ("rtol", "atol", "warm_start", "guess") if name in content}
         return cls(content["torch"], content["device"], decisions=decisions, **named)
 
@@ -151,6 +161,28 @@ class SavedPlan:
         if graph not in self.decisions:
             raise PlanError("the saved plan was made for another graph; compile without plan= and save it again")
         return self.decisions[graph]
+
+
+def _check_types(path: str | Path, content: dict[str, Any], decisions: dict[str, Decision]) -> None:
+    """Raise :class:`PlanError` unless each value has the type that :meth:`SavedPlan.save` writes."""
+
+    def check(name: str, value: Any, *kinds: type) -> None:
+        if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+            raise PlanError(f"{path} is damaged: {name} is {value!r}")
+
+    for name, kinds in (("rtol", (float, int)), ("atol", (float, int)), ("warm_start", (bool,)),
+                        ("guess", (dict, type(None)))):  # fmt: skip
+        if name in content:
+            check(name, content[name], *kinds)
+    for decision in decisions.values():
+        check("solved", decision.solved, bool)
+        check("reason", decision.reason, str)
+        for name in ("ordinary_s", "solved_s"):
+            check(name, getattr(decision, name), float, int, type(None))
+        for method in decision.methods:
+            check("a method", method, dict)
+            check("a method's name", method.get("name"), str)
+            check("a method's options", method.get("options"), dict)
 
 
 def _fields(method: Any) -> tuple[dataclasses.Field[Any], ...]:

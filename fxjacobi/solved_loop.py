@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch._C import _functorch
 
 from fxjacobi.adjoint import Adjoint
 from fxjacobi.batched_body import BatchedBody
@@ -136,11 +136,25 @@ class SolvedLoop(Explained):
                 continue
             match result:
                 case Step(output, step):
-                    cotangents[output][step] += gradient
+                    # Out of place: under vmap a gradient has a dimension that the zeros have not.
+                    at = torch.tensor([step], device=gradient.device)
+                    cotangents[output] = cotangents[output].index_add(0, at, gradient.unsqueeze(0))
                 case Stacked(output):
-                    cotangents[output] += gradient
+                    cotangents[output] = cotangents[output] + gradient
         adjoint.warm_start = self.warm_start
         return adjoint.gradients(operands, states, cotangents, self.method, self.contract, self.memory_limit)
+
+
+_ONCE = (
+    "the gradient of a solved recurrence is itself a solve, which is differentiated once only; "
+    "for second derivatives compile without a tolerance (rtol=0, atol=0), or call the original model"
+)
+
+
+_BATCHED = (
+    "gradients of a solved recurrence cannot be batched (vectorize=True, is_grads_batched=True, vmap): "
+    "take them one after another (vectorize=False), or compile without a tolerance (rtol=0, atol=0)"
+)
 
 
 class _Solve(torch.autograd.Function):
@@ -159,14 +173,22 @@ class _Solve(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *given: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        # A solve looks at its values, which vmap hides.
+        if any(
+            g is not None and (_functorch.is_batchedtensor(g) or _functorch.is_legacy_batchedtensor(g)) for g in given
+        ):
+            raise RuntimeError(_BATCHED)
+        again = torch.is_grad_enabled()  # create_graph=True
         saved = list(ctx.saved_tensors)
         operands = tuple(
             saved.pop(0) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
         )
-        with torch.enable_grad():  # once_differentiable turns it off; the batched products need it
+        with torch.enable_grad():  # the batched products need it
             gradients = ctx.module._gradients(operands, tuple(saved), given)
+        if again:  # whoever differentiates these learns why that cannot be
+            stop: Any = torch._C._functions.DelayedError(_ONCE, len(gradients))
+            gradients = list(stop(*(g if g is None else g.detach().requires_grad_() for g in gradients)))
         return (None, *gradients)
 
 

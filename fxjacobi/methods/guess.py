@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
+from fxjacobi.errors import GuessError
 from fxjacobi.loops import Scanned
 
 if TYPE_CHECKING:
@@ -68,12 +69,14 @@ class Extrapolated(Guess):
 
     Raises:
         ValueError: ``run`` or ``order`` is not positive.
+        TypeError: One of them is no integer.
     """
 
     run: int = 1
     order: int = 1
 
     def __post_init__(self) -> None:
+        _check_integers(self, "run", "order")
         if self.run < 1:
             raise ValueError(f"a line needs at least 1 step, not {self.run}")
         if self.order < 1:
@@ -116,11 +119,13 @@ class Swept(Guess):
 
     Raises:
         ValueError: There are fewer than two sweeps.
+        TypeError: ``sweeps`` is no integer.
     """
 
     sweeps: int = 2
 
     def __post_init__(self) -> None:
+        _check_integers(self, "sweeps")
         if self.sweeps < 2:
             raise ValueError(f"an extrapolation over sweeps needs at least 2, not {self.sweeps}")
 
@@ -151,11 +156,16 @@ class Given(Guess):
     not advance the random state.
 
     Raises:
-        ValueError: The function returns other shapes than the trajectory's.
-        RuntimeError: The function wrote to what it was given.
+        TypeError: ``function`` is not callable.
+        GuessError: The function raised, returned other shapes than the trajectory's, or wrote to what it was given, which
+            is then as it was before (a ``ValueError`` and a ``RuntimeError``, too).
     """
 
     function: Callable[[States, tuple[torch.Tensor, ...]], States | None]
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"a given guess needs a function, not {type(self.function).__name__}")
 
     @override
     def states(self, system: System) -> States:
@@ -164,18 +174,33 @@ class Given(Guess):
             v for v, b in zip(system.fixed(slice(None)), system.loop.bindings, strict=True) if isinstance(b, Scanned)
         )
         given = (*base, *inputs)
-        versions = _versions(given)
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        # Copies of what it may spoil: the inputs are the caller's own memory, or the parameters of the model.
+        own = tuple(t.clone() for t in given)
+        versions = _versions(own)
         with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-            found = self.function(base, inputs)
-        if _versions(given) != versions:
-            raise RuntimeError("the function of the guess wrote to what it was given")
+            try:
+                found = self.function(own[: len(base)], own[len(base) :])
+            except Exception as error:
+                raise GuessError(f"the function of the guess raised {type(error).__name__}: {error}") from error
+        if _versions(own) != versions:
+            raise GuessError("the function of the guess wrote to what it was given")
         if found is None:
             return base
+        several: Any = found
+        if not isinstance(several, (tuple, list)) or not all(isinstance(g, torch.Tensor) for g in several):
+            raise GuessError(f"the function of the guess returned {type(found).__name__}, not a tuple of tensors")
         shapes, wanted = [tuple(g.shape) for g in found], [tuple(b.shape) for b in base]
         if shapes != wanted:
-            raise ValueError(f"the guess has shapes {shapes}; the trajectory has {wanted}")
+            raise GuessError(f"the guess has shapes {shapes}; the trajectory has {wanted}")
         return tuple(g.detach().to(b) for g, b in zip(found, base, strict=True))
+
+
+def _check_integers(guess: Guess, *names: str) -> None:
+    for name in names:
+        value = getattr(guess, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} of {type(guess).__name__} must be an integer, not {value!r}")
 
 
 def _versions(tensors: tuple[torch.Tensor, ...]) -> list[int]:

@@ -72,3 +72,24 @@ def test_dataclass_results() -> None:
         assert found.note is None
         assert equal(found.last, wanted.last)
         assert all(equal(a, b) for a, b in zip(found.rows, wanted.rows, strict=True))
+
+
+@pytest.mark.parametrize("method", ["chunked", "jacobi"])
+def test_second_and_batched_gradients_are_refused_with_a_remedy(method: str) -> None:
+    weight = 0.3 * torch.eye(6)
+
+    def model(xs: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros(3, 6)
+        for x in xs:
+            h = torch.tanh(h @ weight + x)
+        return h
+
+    xs = torch.randn(100, 3, 6, requires_grad=True)
+    compiled = fxjacobi.compile(model, rtol=1e-5, method=method, measure=False)
+    compiled(xs)
+    (gradient,) = torch.autograd.grad(compiled(xs).pow(2).sum(), xs, create_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(model(xs).pow(2).sum(), xs)[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="compile without a tolerance"):
+        gradient.pow(2).sum().backward()
+    with pytest.raises(RuntimeError, match="vectorize=False"):
+        torch.autograd.functional.jacobian(compiled, xs, vectorize=True)

@@ -69,6 +69,11 @@ def test_explain_prints_the_plan_and_writes_the_page(
     assert "<table>" in (tmp_path / "plan.html").read_text()
 
 
+def test_a_page_that_cannot_be_written_is_refused(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{target}:repeated", "--html", "/nonexistent/plan.html"]) == 2
+    assert "--html" in capsys.readouterr().err
+
+
 def test_verify_says_yes(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", f"{target}:repeated"]) == 0
     assert "equal: yes" in capsys.readouterr().out

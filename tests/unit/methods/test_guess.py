@@ -11,6 +11,7 @@ from torch import nn
 
 import fxjacobi
 from fxjacobi.certificate import Certificate
+from fxjacobi.errors import GuessError
 from fxjacobi.methods import (
     Anderson,
     Base,
@@ -156,8 +157,22 @@ def test_a_function_that_writes_to_its_inputs_is_refused() -> None:
         return base
 
     operands = tuple(o.clone() for o in recurrence.operands)
-    with pytest.raises(RuntimeError, match="wrote to what it was given"):
+    with pytest.raises(GuessError, match="wrote to what it was given"):
         solve(recurrence.loop, operands, Jacobi(), Contract(rtol=1e-5), guess=Given(writes))
+    assert all(torch.equal(o, r) for o, r in zip(operands, recurrence.operands, strict=True)), "nothing is spoilt"
+
+
+@pytest.mark.parametrize("function", [lambda *_: 5, lambda *_: (5,), lambda base, _: (base[0][:5],), lambda *_: 1 / 0])
+def test_what_a_function_gives_is_checked(function: Any) -> None:
+    recurrence = gru(30, 2, 4)
+    with pytest.raises(GuessError):
+        solve(recurrence.loop, recurrence.operands, Jacobi(), Contract(rtol=1e-5), guess=Given(function))
+
+
+@pytest.mark.parametrize(("kind", "option"), [(Extrapolated, 1.5), (Extrapolated, True), (Swept, 2.5), (Given, 5)])
+def test_types_of_options_of_guesses_are_checked(kind: Any, option: Any) -> None:
+    with pytest.raises(TypeError):
+        kind(option)
 
 
 @pytest.mark.parametrize("make", [lambda: Extrapolated(0), lambda: Extrapolated(1, 0), lambda: Swept(1)])
