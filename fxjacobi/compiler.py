@@ -13,7 +13,7 @@ from fxjacobi.blocks import WarmStarting, loop_of, method_of, plan_of_graph
 from fxjacobi.capture import Capture, TensorEffect, record
 from fxjacobi.choose import Chosen, choose_methods
 from fxjacobi.device.limits import device_of_graph, spare_bytes
-from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed, PlanError, StateChangedError
+from fxjacobi.errors import CaptureWarning, ExactnessWarning, GuardFailed, GuessError, PlanError, StateChangedError
 from fxjacobi.first_result import demote, difference, put_in_order
 from fxjacobi.generators import RandomState
 from fxjacobi.growing import growing_sequence
@@ -79,7 +79,7 @@ def specialise(
     try:
         recorded_run = RecordedRun(fn, args, kwargs, recorded.capture, state, tensors)
         specialisation = _Compilation(recorded_run, options).run()
-    except (PlanError, ExactnessWarning):  # the latter where warnings are errors
+    except (PlanError, GuessError, ExactnessWarning):  # the last where warnings are errors
         raise
     except Exception as error:  # the user's run is done and right; a fault of the compiler must not take it away
         if options.strict:

@@ -10,7 +10,7 @@ import torch
 
 from fxjacobi.blocks import last_solution, loop_of, method_of, plan_of_now
 from fxjacobi.capture import AttributeEffect, Capture, StateInput, ViewOfWritten
-from fxjacobi.errors import GuardFailed
+from fxjacobi.errors import GuardFailed, GuessError
 from fxjacobi.generators import RandomState
 from fxjacobi.report import BlockReport, Report
 from fxjacobi.trees import join
@@ -91,6 +91,10 @@ class Specialisation:
                 values = self.module(*tensors, *(_read(s) for s in self.capture.states))
         except GuardFailed as failure:
             reason = f"a branch of the recorded run goes the other way: {failure}"
+        except GuessError:  # the user's own function: nothing else would tell
+            if state is not None:
+                state.restore()
+            raise
         except Exception as error:  # noqa: BLE001 - the original meets it again and raises it as the user's own
             reason = f"the emitted module raised {type(error).__name__}: {error}"
             _log.info("running the original: %s", reason, exc_info=True)

@@ -300,3 +300,17 @@ def test_saved_plans_keep_the_start(tmp_path: Path) -> None:
 def test_options_are_checked(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=name):
         fxjacobi.compile(torch.sin, **{name: value})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["auto", "jacobi"])
+def test_a_wrong_guess_is_told_to_whoever_calls(method: str) -> None:
+    def steps(xs: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros_like(xs[0])
+        for x in xs:
+            h = torch.tanh(0.5 * h + x)
+        return h
+
+    compiled = fxjacobi.compile(steps, rtol=1e-5, method=method, guess=Given(lambda *_: (torch.zeros(5, 3, 6),)))
+    with pytest.raises(GuessError, match="shapes"):
+        compiled(torch.randn(400, 3, 6))
