@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
-import dis
 import functools
 import io
 import re
@@ -23,12 +22,13 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol
 import numpy as np
 from torch import nn
 
+from fxjacobi.mentioned import globals_read, mentioned, with_nested
 from fxjacobi.trees import PRIMITIVES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
-__all__ = ["MISSING", "Code", "Held", "Place", "Wrapper", "held_by", "is_dynamic"]
+__all__ = ["MISSING", "Code", "Held", "Place", "Wrapper", "held_by"]
 
 _LIBRARIES = (
     frozenset({"torch", "numpy", "builtins", "typing", "typing_extensions", "fxjacobi"}) | sys.stdlib_module_names
@@ -57,14 +57,6 @@ _NOT_CALLED = frozenset(
 )  # fmt: skip
 """Methods that nothing calls but code that mentions them, or makes an object of the class."""
 _INSIDE = re.compile(r"\._(parameters|buffers|modules)\.")
-
-_DYNAMIC = frozenset(
-    {
-        "getattr", "hasattr", "setattr", "delattr", "vars", "dir", "eval", "exec", "locals", "globals", "attrgetter",
-        "methodcaller", "asdict", "astuple", "fields", "__dict__", "__getattribute__", "getattr_static", "getmembers",
-    }
-)  # fmt: skip
-"""Names by which code may read attributes that it does not mention."""
 
 
 class Wrapper:
@@ -226,9 +218,9 @@ def _function(function: types.FunctionType, path: str) -> Held:
 
 
 def _code(value: Code, path: str) -> Held:  # noqa: ARG001 - one signature for all rules
-    namespace, found = value.namespace, Held(names=_mentioned(value.code))
-    for each in _with_nested(value.code):
-        fields = {n: namespace[n] for n in _globals_read(each) if n in namespace and not n.startswith("__")}
+    namespace, found = value.namespace, Held(names=mentioned(value.code))
+    for each in with_nested(value.code):
+        fields = {n: namespace[n] for n in globals_read(each) if n in namespace and not n.startswith("__")}
         kept = {n: v for n, v in fields.items() if not isinstance(v, types.BuiltinFunctionType)}
         found.add(namespace, kept, "", _ungated)
     places, found.places = found.places, []
@@ -362,46 +354,6 @@ class _Slots:
 
     def __getitem__(self, key: str) -> Any:
         return getattr(self.value, key, MISSING)
-
-
-# -- what code mentions -----------------------------------------------------------------------------------------------
-
-
-def _mentioned(code: types.CodeType) -> frozenset[str]:
-    """Return every name that may be an attribute's in ``code``: names, and texts among its constants."""
-    return frozenset(name for each in _with_nested(code) for name in _names(each))
-
-
-def is_dynamic(names: frozenset[str] | set[str]) -> bool:
-    """Whether code that mentions ``names`` may read attributes that it does not mention."""
-    return not _DYNAMIC.isdisjoint(names)
-
-
-@functools.cache
-def _names(code: types.CodeType) -> frozenset[str]:
-    return frozenset(code.co_names) | frozenset(_texts(code.co_consts))
-
-
-def _texts(constants: tuple[Any, ...]) -> Iterator[str]:
-    for constant in constants:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, tuple):
-            yield from _texts(constant)
-
-
-def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _with_nested(constant)
-
-
-@functools.cache
-def _globals_read(code: types.CodeType) -> tuple[str, ...]:
-    """Names that ``code`` loads from its globals (``co_names`` holds those of attributes too)."""
-    loads = ("LOAD_GLOBAL", "LOAD_NAME")
-    return tuple({i.argval: None for i in dis.get_instructions(code) if i.opname in loads})
 
 
 def _nothing(value: Any, path: str) -> Held:  # noqa: ARG001 - one signature for all rules

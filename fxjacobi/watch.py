@@ -16,8 +16,9 @@ from torch import nn
 
 from fxjacobi.aliasing import storage_key
 from fxjacobi.graph import TensorSpec, spec_of_value
+from fxjacobi.mentioned import is_dynamic
 from fxjacobi.placement import rounding_unit
-from fxjacobi.reachable import MISSING, Code, Held, Place, Wrapper, held_by, is_dynamic
+from fxjacobi.reachable import MISSING, Code, Held, Place, Wrapper, held_by
 from fxjacobi.trees import PRIMITIVES
 
 if TYPE_CHECKING:
