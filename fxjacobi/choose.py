@@ -255,9 +255,8 @@ def _fastest(
         tick()
         # What takes many sweeps takes more of them on other inputs; the ordinary order always takes the same.
         sure = row.sweeps is not None and row.sweeps <= _FEW_SWEEPS
-        if time_s is not None and time_s < (
-            best[1] if sure or not isinstance(best[0], Sequential) else best[1] / _SURER
-        ):
+        bar = best[1] if sure or not isinstance(best[0], Sequential) else best[1] / _SURER
+        if time_s is not None and time_s < bar:
             best = (method, time_s)
     return best[0], best[1], rows
 

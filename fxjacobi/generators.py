@@ -50,7 +50,7 @@ class PythonGenerators:
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
         self._before = _global_state()
-        self._reached = {id(each): (each, _state(each)) for each in _reached(watch)}
+        self._reached = {id(each): (each, _state(each)) for each in _random_objects(watch.objects())}
 
     def check_untouched(self) -> None:
         """Compare with now: what a run drew from them is no part of its graph.
@@ -70,7 +70,7 @@ class PythonGenerators:
         Raises:
             CaptureError: There is one, and nobody can tell whether it was drawn from.
         """
-        for each in _reached(self._watch):
+        for each in _random_objects(self._watch.objects(mentioned=True)):
             if id(each) not in self._reached:
                 raise CaptureError(
                     f"code of the run names a {_kind(each)}, and may have drawn from it", remedy="draw with torch"
@@ -81,11 +81,11 @@ def _kind(each: Any) -> str:
     return f"{type(each).__module__}.{type(each).__name__}"
 
 
-def _reached(watch: Watch) -> list[Any]:
-    """The random objects that ``watch`` reached, by themselves or as what a method of theirs in C is bound to."""
+def _random_objects(reached: Iterable[Any]) -> list[Any]:
+    """The random objects among what was ``reached``, by themselves or as what a method of theirs in C is bound to."""
     kinds = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
     found = []
-    for value in list(watch._seen.values()):
+    for value in reached:
         each = value.__self__ if isinstance(value, types.BuiltinMethodType) else value
         if isinstance(each, kinds) and not isinstance(each, random.SystemRandom):
             found.append(each)
@@ -128,7 +128,7 @@ def check_own_generators(
         CaptureError: One was not there before the run, or where the next call would not look for it.
     """
     known = [torch.default_generator, *torch.cuda.default_generators]
-    known += [value for value in watch._seen.values() if isinstance(value, torch.Generator)]
+    known += [value for value in watch.objects() if isinstance(value, torch.Generator)]
     keys = {generator_key(generator) for generator in known}
     for key, (_, _, site) in met.items():
         if key not in keys:

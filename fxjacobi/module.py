@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._C import _functorch
-from typing_extensions import override
 
 from fxjacobi.compiler import specialise
 from fxjacobi.errors import PlanError
@@ -177,10 +176,6 @@ class SolvedModule(nn.Module, Wrapper):
                 return None
             key += (argument.shape, argument.dtype, argument.requires_grad)
         return tuple(key)
-
-    @override
-    def wrapped(self) -> Any:
-        return self._original
 
     def _remember(self, args: tuple[Any, ...], specialisation: Specialisation) -> None:
         """Take the short way for calls like this one, for which the original runs."""

@@ -68,6 +68,7 @@ class Watch:
         self._reached: dict[int, Any] = {}
         self._names: set[str] = set()
         self._closed: list[tuple[Any, str, str, bool]] = []
+        self._around: list[tuple[Any, str]] = []
         self._count = 0
         self._specs: list[tuple[Any, Any, TensorSpec]] = []
         self._relaxed: set[tuple[int, Hashable]] = set()
@@ -85,9 +86,8 @@ class Watch:
     def add(self, root: Any, name: str) -> None:
         """Walk everything reachable from ``root``."""
         self._checks = None
-        closed = len(self._closed)
         self._walk([(root, name)])
-        self._look_around([(item, path) for item, path, _, lazy in self._closed[closed:] if not lazy])
+        self._look_around()
 
     def add_code(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
         """Watch the globals that ``code`` reads."""
@@ -112,11 +112,13 @@ class Watch:
                         stack.append((item, name))
                     else:
                         self._closed.append((item, name, gate or "", held.lazy))
+                        self._around += [] if held.lazy else [(item, name)]
             if not stack:
                 stack = self._opened()
 
-    def _look_around(self, stack: list[tuple[Any, str]]) -> None:
+    def _look_around(self) -> None:
         """Learn about the rest as well, as far as there is not too much of it: the run may change it unseen."""
+        stack, self._around = self._around, []
         while stack and len(self._held) < _MOST_AROUND:
             value, path = stack.pop()
             if not isinstance(value, PRIMITIVES) and id(value) not in self._seen:
@@ -242,6 +244,10 @@ class Watch:
             self._specs.append((container, key, spec))
         else:
             self._exact.append(Place(container, key, after, True, str(key)))
+
+    def objects(self, *, mentioned: bool = False) -> list[Any]:
+        """Return every object that was looked at, or those that code of the run can have ``mentioned``."""
+        return list((self._reached if mentioned else self._seen).values())
 
     def knows(self, value: Any) -> bool:
         """Whether ``value`` itself was reached: it was there before the run."""

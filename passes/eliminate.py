@@ -19,6 +19,8 @@ from fxjacobi.passes.escaping import escaping
 from fxjacobi.tape import FREE, literal_key
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from torch import nn
 
     from fxjacobi.graph import Spec
@@ -173,20 +175,15 @@ class _Eliminator:
         for key, group in siblings.items():
             if key[0] in _PARTS:
                 siblings[key] = _without_spares(group, needed)
-        live: set[fx.Node] = set()
-        waiting = list(effects)
-        while waiting:
-            node = waiting.pop()
-            if node not in live:
-                live.add(node)
-                waiting.extend(same.get(argument, argument) for argument in node.all_input_nodes)
-                if node in place:
-                    waiting.extend(siblings.pop(place[node], ()))
-        return live
+        return self.needed(same, effects, lambda node: siblings.pop(place[node], ()) if node in place else ())
 
     @staticmethod
-    def needed(same: dict[fx.Node, fx.Node], effects: set[fx.Node]) -> set[fx.Node]:
-        """What outputs, guards and draws need."""
+    def needed(
+        same: dict[fx.Node, fx.Node],
+        effects: set[fx.Node],
+        with_it: Callable[[fx.Node], Iterable[fx.Node]] = lambda _: (),
+    ) -> set[fx.Node]:
+        """What outputs, guards and draws need, and what stays ``with_it``."""
         found: set[fx.Node] = set()
         waiting = list(effects)
         while waiting:
@@ -194,6 +191,7 @@ class _Eliminator:
             if node not in found:
                 found.add(node)
                 waiting.extend(same.get(argument, argument) for argument in node.all_input_nodes)
+                waiting.extend(with_it(node))
         return found
 
     @staticmethod

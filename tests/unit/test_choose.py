@@ -13,12 +13,25 @@ from fxjacobi.lanes import run_lanes
 from fxjacobi.methods import Chunked, Jacobi, Sequential
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from fxjacobi.methods.method import Method
 
 LIKELY: list[Method] = [Chunked(32, 8), Chunked(64, 8), Jacobi(), Chunked(128, 8)]
+
+
+def _loop(hidden: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The last state of a plain cell over ``(T, 2, 4)``."""
+    cell = torch.nn.RNNCell(4, hidden)
+
+    def loop(xs: torch.Tensor) -> torch.Tensor:
+        state = xs.new_zeros(2, hidden)
+        for x in xs:
+            state = cell(x, state)
+        return state
+
+    return loop
 
 
 @pytest.mark.parametrize(("fastest", "lanes_then"), [
@@ -46,13 +59,7 @@ def test_a_plan_with_lanes_is_followed_where_it_was_saved(tmp_path: Path, monkey
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        cell = torch.nn.RNNCell(4, 32)
-
-        def loop(xs: torch.Tensor) -> torch.Tensor:
-            state = xs.new_zeros(2, 32)
-            for x in xs:
-                state = cell(x, state)
-            return state
+        loop = _loop(32)
 
         monkeypatch.setattr("fxjacobi.choose.candidates", lambda *_, **__: [Chunked(32, 32, lanes=2)])
         monkeypatch.setattr("fxjacobi.choose._by_lanes", lambda methods, *_: iter(methods))
@@ -136,13 +143,7 @@ def test_a_candidate_that_fails_is_noted_and_the_others_are_timed(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("planted")
 
-    cell = torch.nn.RNNCell(4, 8)
-
-    def loop(xs: torch.Tensor) -> torch.Tensor:
-        state = xs.new_zeros(2, 8)
-        for x in xs:
-            state = cell(x, state)
-        return state
+    loop = _loop(8)
 
     xs = torch.randn(200, 2, 4)
     for place in ("fxjacobi.methods.chunked.run_chunks", "fxjacobi.choose.candidates"):

@@ -273,6 +273,16 @@ def test_running_statistics_are_refused_and_named() -> None:
     assert any("element [0, 0, 0, 0]" in reason and "batch_norm" in reason for reason in reasons)
 
 
+def draws_the_ordinary_sample(module: fx.GraphModule, net: nn.Module) -> bool:
+    """Whether the compiled :func:`logistic` draws what the loop draws from the same seed."""
+    with torch.no_grad():
+        torch.manual_seed(3)
+        wanted = logistic(net, 3, SIZE)
+        torch.manual_seed(3)
+        (found,) = module()
+    return same(found, wanted)
+
+
 def test_zeros_of_weights_are_read_where_masks_do_not_suffice() -> None:
     net = nn.Linear(SIZE, 2 * SIZE)
     with torch.no_grad():
@@ -288,12 +298,7 @@ def test_zeros_of_weights_are_read_where_masks_do_not_suffice() -> None:
         if broken:
             with torch.no_grad():
                 net.weight[2, 7].fill_(1.0)
-        torch.manual_seed(3)
-        wanted = logistic(net, 3, SIZE)
-        torch.manual_seed(3)
-        with torch.no_grad():
-            (found,) = module()
-        assert same(found, wanted)
+        assert draws_the_ordinary_sample(module, net)
         assert block.refused is broken
 
 
@@ -302,12 +307,7 @@ def test_a_mask_changed_after_the_proof_is_noticed() -> None:
     module, equal = solved(logistic, net, 3, SIZE)
     assert equal
     net[2].mask[3, 9] = 1  # type: ignore[operator]
-    torch.manual_seed(3)
-    with torch.no_grad():
-        wanted = logistic(net, 3, SIZE)
-        torch.manual_seed(3)
-        (found,) = module()
-    assert same(found, wanted)
+    assert draws_the_ordinary_sample(module, net)
     assert block_of(module).refused
 
 
@@ -337,12 +337,7 @@ def test_a_constant_changed_past_its_version_is_noticed(
     proven = holder.detach().clone()
     for value, refused in [(torch.ones_like(proven), True), (proven, False), (proven * 2, False)]:
         change(holder, value)
-        torch.manual_seed(3)
-        with torch.no_grad():
-            wanted = logistic(net, 3, SIZE)
-            torch.manual_seed(3)
-            (found,) = module()
-        assert same(found, wanted)
+        assert draws_the_ordinary_sample(module, net)
         assert block_of(module).refused is refused
 
 
