@@ -24,11 +24,11 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["cores", "lanes_of", "run_lanes"]
+__all__ = ["FEWEST", "cores", "lanes_of", "run_lanes"]
 
 _T = TypeVar("_T")
 
-_FEWEST = 4
+FEWEST = 4
 """Rows of a lane: with fewer, its products cost as much as with these."""
 
 _PAUSE_SOFT = 1
@@ -67,7 +67,7 @@ def cores(wanted: int) -> Iterator[None]:
 def lanes_of(rows: int, wanted: int) -> list[range]:
     """Return ``rows`` in ``wanted`` even ranges; in fewer where there are fewer cores, or few rows."""
     held = _holder[1] if _holder is not None and _holder[0] == threading.get_ident() else 1
-    count = max(1, min(wanted, held, rows // _FEWEST))
+    count = max(1, min(wanted, held, rows // FEWEST))
     bounds = [rows * i // count for i in range(count + 1)]
     return [range(a, b) for a, b in pairwise(bounds)]
 

@@ -19,6 +19,7 @@ METHODS = (
     "jacobi",
     "windowed",
     "chunked",
+    "native",
     "newton",
     "quasi_newton",
     "damped",

@@ -133,7 +133,8 @@ class Plan:
                 "; ".join(part for part in (block.reason, block.proof) if part),
             )
         buffer = io.StringIO()
-        console = Console(file=buffer, width=160, no_color=True, highlight=False)
+        # Reasons hold brackets of their own, as fxjacobi[native]: no markup.
+        console = Console(file=buffer, width=160, no_color=True, highlight=False, markup=False)
         console.print(f"fxjacobi plan ({self.contract}): {'solved' if self.solved else 'original'}. {self.reason}")
         if self.blocks:
             console.print(table)
@@ -143,7 +144,7 @@ class Plan:
                 f"ratio {self.ordinary_s / self.solved_s:.2f}"
             )
         for line in self._measured():
-            console.print(line, markup=False)
+            console.print(line)
         for refusal in self.refusals:
             console.print(f"refused: {refusal}")
         for line in self.would_gain:

@@ -262,20 +262,22 @@ class _Residuals:
         values: ``h`` at these steps.
         others: The body's outputs that are results and no state, (T, ...).
         against: How far the trajectory is from ``values`` at these steps.
+        near: Which steps are near the answer, as far as the method knows otherwise, (T,); ``None``: all.
     """
 
     at: tuple[int, ...] | None
     values: States
     others: dict[int, torch.Tensor]
     against: Comparison
+    near: torch.Tensor | None = None
 
     def holds(self, steps: int) -> torch.Tensor:
         """Return for each step whether its equation holds, (T,)."""
-        if self.at is None:
-            return self.against.holds
-        holds = torch.ones(steps, dtype=torch.bool)
-        holds[positions(self.at, holds.device)] = self.against.holds
-        return holds
+        holds = self.against.holds
+        if self.at is not None:
+            holds = torch.ones(steps, dtype=torch.bool)
+            holds[positions(self.at, holds.device)] = self.against.holds
+        return holds if self.near is None else holds & self.near
 
     def residual(self, stop: int) -> float:
         """Return the largest ``max |h_t(s) - s_t| / max |h_t(s)|`` over the steps before ``stop``."""
@@ -295,7 +297,9 @@ class _Residuals:
 
 def _residuals(system: System, iterate: Iterate, contract: Contract) -> _Residuals:
     """Evaluate the equations; one that the last sweep evaluated at the iterate's own values is not evaluated again."""
-    states, at = iterate.states, iterate.open
+    states, at, known = iterate.states, iterate.open, iterate.evaluated
+    if known is not None:
+        return _Residuals(known.at, known.values, known.others, known.against, known.near)
     if at is None or iterate.others is None or len(at) == system.steps:
         outputs = system.evaluate(states)
         values = system.pick(outputs)

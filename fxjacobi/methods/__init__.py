@@ -11,6 +11,7 @@ from fxjacobi.methods.guess import Base, Extrapolated, Given, Guess, Previous, S
 from fxjacobi.methods.jacobi import Jacobi
 from fxjacobi.methods.memory_length import memory_length
 from fxjacobi.methods.method import Contract, Iterate, Method
+from fxjacobi.methods.native import Native
 from fxjacobi.methods.newton import Newton
 from fxjacobi.methods.picard import Picard
 from fxjacobi.methods.quasi_newton import QuasiNewton
@@ -30,6 +31,7 @@ __all__ = [
     "Iterate",
     "Jacobi",
     "Method",
+    "Native",
     "Newton",
     "Picard",
     "Previous",

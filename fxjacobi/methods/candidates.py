@@ -16,6 +16,7 @@ from fxjacobi.methods.chunked import Chunked
 from fxjacobi.methods.damped import Damped
 from fxjacobi.methods.jacobi import Jacobi
 from fxjacobi.methods.memory_length import LONGEST_MEMORY, memory_length
+from fxjacobi.methods.native import Native, refusal, splits
 from fxjacobi.methods.newton import Newton
 from fxjacobi.methods.picard import Picard
 from fxjacobi.methods.quasi_newton import QuasiNewton
@@ -68,6 +69,10 @@ def candidates(
         # A scan passes over the trajectory 2 log T times; chunks that forget in a warm-up do so once or twice.
         short = any(isinstance(m, Chunked) and m.warm_up for m in found)
         found.insert(len(found) if short else 0, Affine())
+    # First, for it takes as long as it takes: nothing converges, sooner or later.
+    if system is None or refusal(system) is None:
+        cores = torch.get_num_threads() if system is not None and splits(system) else 1
+        found[:0] = [Native(lanes=cores), *([Native()] if cores > 1 else [])]
     found += [Jacobi(), *map(Windowed, windows), Picard(), Anderson(), QuasiNewton(0 if small else 2)]
     if small:
         found += [Newton(), Damped()]

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
     from fxjacobi.footprint import StateSize
     from fxjacobi.loops import Loop
+    from fxjacobi.methods.comparison import Comparison
     from fxjacobi.methods.linearised import Seen
     from fxjacobi.methods.settle import PassedOn
     from fxjacobi.system import States, System
 
-__all__ = ["Contract", "Iterate", "Method"]
+__all__ = ["Contract", "Evaluated", "Iterate", "Method"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,25 @@ class Contract:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The equations as a sweep evaluated them at the very states that it left.
+
+    Args:
+        at: The steps that were looked at, ascending; ``None``: all.
+        values: ``h`` of the states at these.
+        others: The body's outputs that are results and no state, by output index, (T, ...).
+        against: How far the states are from ``values``, at these steps.
+        near: Which steps are near enough to the answer as far as the method knows otherwise, (T,).
+    """
+
+    at: tuple[int, ...] | None
+    values: States
+    others: dict[int, torch.Tensor]
+    against: Comparison
+    near: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Iterate:
     """Where a solve stands.
 
@@ -84,6 +104,7 @@ class Iterate:
             yielded them.
         open: The steps whose equations the last sweep may have evaluated at other values than ``states`` now holds; at
             all others ``s_t = h_t(s_{t-d})`` holds as evaluated. ``None``: any may be.
+        evaluated: The equations at ``states``, where the sweep looked at them.
     """
 
     states: States
@@ -97,6 +118,7 @@ class Iterate:
     seen: Seen | None = None
     others: dict[int, torch.Tensor] | None = None
     open: tuple[int, ...] | None = None
+    evaluated: Evaluated | None = None
 
 
 class Method(ABC):

@@ -26,6 +26,7 @@ from fxjacobi.methods import (
     Damped,
     Jacobi,
     Method,
+    Native,
     Newton,
     Picard,
     QuasiNewton,
@@ -89,6 +90,7 @@ CELLS: dict[str, tuple[Callable[..., Tensors], int]] = {
 }  # fmt: skip
 METHODS: list[Method] = [
     Jacobi(), Windowed(64), Chunked(48), Newton(), QuasiNewton(), Damped(), Picard(), Anderson(), Affine(),
+    Native(),
 ]  # fmt: skip
 LONG: list[Method] = [Windowed(256), Chunked(100), *METHODS[3:]]
 LONGEST: list[Method] = [Jacobi(), Windowed(2500), Chunked(200), *METHODS[3:]]

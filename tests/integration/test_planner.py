@@ -163,7 +163,7 @@ def test_what_another_contract_would_gain_is_said(monkeypatch: pytest.MonkeyPatc
         compiled = fxjacobi.compile(_rnn(nn.GRUCell(4, 8)), measure=False, budget_s=20.0)
         compiled(torch.randn(100, 1, 4))
     (line,) = compiled.plan.would_gain
-    assert re.fullmatch(r"exact: sequential; at rtol=1e-5: chunked\(.*\), [\d.]+x on this block", line)
+    assert re.fullmatch(r"exact: sequential; at rtol=1e-5: native, [\d.]+x on this block", line)
 
 
 def test_measuring_is_bounded_and_shows_a_bar_when_it_lasts(

@@ -20,6 +20,7 @@ from fxjacobi.methods import (
     Guess,
     Jacobi,
     Method,
+    Native,
     Newton,
     Picard,
     Previous,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 METHODS: list[Method] = [
     Jacobi(), Windowed(128), Windowed(128, sliding=False), Chunked(100), Chunked(50, 20), Newton(), QuasiNewton(),
-    Damped(), Picard(), Anderson(),
+    Damped(), Picard(), Anderson(), Native(),
 ]  # fmt: skip
 RTOL = 1e-5
 

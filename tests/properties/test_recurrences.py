@@ -25,6 +25,7 @@ from fxjacobi.methods import (
     Guess,
     Jacobi,
     Method,
+    Native,
     Newton,
     Picard,
     QuasiNewton,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 STEPWISE: list[Method] = [Jacobi(), Windowed(5), Windowed(5, sliding=False), Chunked(4), Chunked(4, 2)]
 METHODS: list[Method] = [
     Sequential(), *STEPWISE, Newton(), QuasiNewton(), QuasiNewton(probes=2), Damped(), Picard(), Anderson(), Affine(),
+    Native(),
 ]  # fmt: skip
 TOLERANCE = Contract(rtol=1e-5, atol=1e-7)
 

@@ -27,6 +27,7 @@ from fxjacobi.methods import (
     Iterate,
     Jacobi,
     Method,
+    Native,
     Newton,
     Picard,
     Previous,
@@ -67,6 +68,7 @@ METHODS: list[Method] = [
     Picard(),
     Anderson(),
     Affine(),
+    Native(),
 ]
 MAKERS: list[Callable[..., Recurrence]] = [rnn, gru, lstm, affine_diagonal, affine_dense, autoregressive]
 STEPWISE: list[Method] = [Jacobi(), Windowed(7), Windowed(7, sliding=False), Chunked(5)]

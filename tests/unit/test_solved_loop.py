@@ -17,6 +17,7 @@ from fxjacobi.methods import (
     Damped,
     Jacobi,
     Method,
+    Native,
     Newton,
     Picard,
     QuasiNewton,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 METHODS: list[Method] = [
     Sequential(), Jacobi(), Windowed(3), Chunked(3), Newton(), QuasiNewton(), Damped(), Picard(), Anderson(), Affine(),
+    Native(),
 ]  # fmt: skip
 MAKERS: list[Callable[..., Recurrence]] = [rnn, gru, lstm, affine_diagonal, affine_dense, autoregressive]
 TIGHT = Contract(rtol=1e-12, atol=1e-13)

@@ -23,6 +23,7 @@ from fxjacobi.methods import (
     Guess,
     Jacobi,
     Method,
+    Native,
     Newton,
     Picard,
     Previous,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 METHODS: list[Method] = [
-    Jacobi(), Windowed(20), Chunked(10), Newton(), QuasiNewton(), Damped(), Picard(), Anderson(),
+    Jacobi(), Windowed(20), Chunked(10), Newton(), QuasiNewton(), Damped(), Picard(), Anderson(), Native(),
 ]  # fmt: skip
 
 
