@@ -24,8 +24,15 @@ class Certificate(Enum):
     SCANNED = (
         "the equations are affine: one scan solved them, and each holds within the tolerance asked for, or rounding"
     )
+    IN_MACHINE_CODE = (
+        "the steps ran in the ordinary order in machine code; every equation that was looked at holds within the tolerance "
+        "asked for, and so does what rounding came to along the steps"
+    )
     NOT_FINITE = "a value was not finite where the proof needs it to be; the rest was run in the ordinary order"
-    FELL_BACK = "the sweeps did not converge within their bound; the rest was run in the ordinary order"
+    FELL_BACK = (
+        "the sweeps did not converge within their bound, or rounding may come to more than the tolerance; "
+        "the rest was run in the ordinary order"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from fxjacobi.methods.damped import Damped
 from fxjacobi.methods.jacobi import Jacobi
 from fxjacobi.methods.memory_length import memory_length
 from fxjacobi.methods.method import Contract
-from fxjacobi.methods.native import Native, refusal
+from fxjacobi.methods.native import Native, refusal, refused_at_sight
 from fxjacobi.methods.newton import Newton
 from fxjacobi.methods.picard import Picard
 from fxjacobi.methods.quasi_newton import QuasiNewton
@@ -129,7 +129,13 @@ def choose_methods(
     chosen: dict[int, Chosen] = {}
     if decision is not None:
         for place, loop in enumerate(loops):
-            chosen[id(loop)] = Chosen(decision.method(place), "as in the saved plan")
+            method = decision.method(place)
+            why = refused_at_sight(loop) if isinstance(method, Native) else None
+            chosen[id(loop)] = (
+                Chosen(method, "as in the saved plan")
+                if why is None
+                else Chosen(Sequential(), f"the saved plan names native: {why}")
+            )
         return _with_methods(module, chosen, options), chosen
     deadline = time.perf_counter() + options.budget_s
     measuring = bar("measuring methods", after_s=_SILENT_S)

@@ -29,11 +29,18 @@ def lowered(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
     for arguments of the same shapes and, where they are no tensors, the same values. A tensor that ``function`` brings
     along is an attribute.
     """
-    recording = _Recording()
+    # A tensor that is given twice is two placeholders, which need not be given the same one later.
+    seen: set[int] = set()
+    given: list[Any] = []
     for argument in arguments:
+        again = isinstance(argument, torch.Tensor) and id(argument) in seen
+        given.append(argument.view_as(argument) if again else argument)
+        seen.add(id(argument))
+    recording = _Recording()
+    for argument in given:
         recording.placeholder(argument)
     with recording:
-        outputs = function(*arguments)
+        outputs = function(*given)
     recording.graph.output(tree_map(recording.node_of, outputs))
     recording.graph.eliminate_dead_code()
     return make_module(recording.root, recording.graph)

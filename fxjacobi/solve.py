@@ -22,6 +22,7 @@ from fxjacobi.methods.frozen import Samples, apart
 from fxjacobi.methods.guess import Base, Guess
 from fxjacobi.methods.jacobian import batch_size
 from fxjacobi.methods.method import Contract, Iterate, Method
+from fxjacobi.methods.native import Native
 from fxjacobi.methods.sequential import Sequential
 from fxjacobi.methods.settle import leading
 from fxjacobi.system import States, System
@@ -243,7 +244,9 @@ def _checked(system: System, method: Method, iterate: Iterate, contract: Contrac
     looked = _residuals(system, iterate, contract)
     holds, others = looked.holds(system.steps), looked.others
     if finished and bool(holds.all()) and _agrees_with_body(system, states, looked, system.steps):
-        certificate = Certificate.SCANNED if isinstance(method, Affine) else Certificate.RESIDUAL
+        certificate = {Affine: Certificate.SCANNED, Native: Certificate.IN_MACHINE_CODE}.get(
+            type(method), Certificate.RESIDUAL
+        )
         return Solved(states, others, Solution(sweeps, certificate, looked.residual(system.steps), prefixes))
     prefix = min(iterate.prefix, leading(holds))
     if not _agrees_with_body(system, states, looked, prefix):

@@ -187,8 +187,10 @@ class _Solve(torch.autograd.Function):
         with torch.enable_grad():  # the batched products need it
             gradients = ctx.module._gradients(operands, tuple(saved), given)
         if again:  # whoever differentiates these learns why that cannot be
-            stop: Any = torch._C._functions.DelayedError(_ONCE, len(gradients))
-            gradients = list(stop(*(g if g is None else g.detach().requires_grad_() for g in gradients)))
+            # What was given goes through as well: who differentiates by it must come upon the error, and find no zeros.
+            passed = [*(None if g is None else g.detach().requires_grad_() for g in gradients), *given]
+            stop: Any = torch._C._functions.DelayedError(_ONCE, len(passed))
+            gradients = list(stop(*passed))[: len(gradients)]
         return (None, *gradients)
 
 

@@ -22,10 +22,10 @@ from fxjacobi.methods.method import Contract, Evaluated, Iterate, Method
 from fxjacobi.methods.settle import ROUNDING
 
 if TYPE_CHECKING:
-    from fxjacobi.native.program import Run
+    from fxjacobi.native.program import Program, Run
     from fxjacobi.system import States, System
 
-__all__ = ["Native", "refusal", "splits"]
+__all__ = ["Native", "refusal", "refused_at_sight", "splits"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,34 +40,38 @@ _refusals: weakref.WeakKeyDictionary[Loop, str] = weakref.WeakKeyDictionary()
 
 def refusal(system: System) -> str | None:
     """Return why the loop does not run in machine code, having tried; ``None`` where it does."""
-    loop = system.loop
-    why = _refusal_at_sight(loop)
-    if why is not None:
-        return why
-    from fxjacobi.native.emitter import NoMachineFormError
-    from fxjacobi.native.program import prepared
-
-    try:
-        prepared(system)
-    except NoMachineFormError as error:
-        _refusals[loop] = str(error)
-        _log.info("a loop of %d steps stays as it is: %s", system.steps, error)
-    except Exception as error:  # noqa: BLE001 - a fault of ours must not take the other ways of the loop away
-        _refusals[loop] = f"writing it raised {type(error).__name__}: {error}"
-        _log.warning("a loop of %d steps was not written as machine code", system.steps, exc_info=error)
-    return _refusals.get(loop)
+    return refused_at_sight(system.loop) or (None if _program(system) is not None else _refusals[system.loop])
 
 
 def splits(system: System) -> bool:
     """Whether cores may run samples of their own in machine code."""
     if refusal(system) is not None:
         return False
+    found = _program(system)
+    return found is not None and found[0].samples >= 2 * FEWEST
+
+
+def _program(system: System) -> tuple[Program, list[torch.Tensor]] | None:
+    """Return the loop's machine code and what it reads, or ``None`` where there is none, and remember why."""
+    loop = system.loop
+    if refused_at_sight(loop) is not None:
+        return None
+    from fxjacobi.native.emitter import NoMachineFormError
     from fxjacobi.native.program import prepared
 
-    return prepared(system)[0].samples >= 2 * FEWEST
+    try:
+        return prepared(system)
+    except NoMachineFormError as error:
+        _refusals[loop] = str(error)
+        _log.info("a loop of %d steps stays as it is: %s", system.steps, error)
+    except Exception as error:  # noqa: BLE001 - a fault of ours must not take the other ways of the loop away
+        _refusals[loop] = f"writing it raised {type(error).__name__}: {error}"
+        _log.warning("a loop of %d steps was not written as machine code", system.steps, exc_info=error)
+    return None
 
 
-def _refusal_at_sight(loop: Loop) -> str | None:
+def refused_at_sight(loop: Loop) -> str | None:
+    """Return why the loop cannot run in machine code, as far as that shows without trying."""
     if loop in _refusals:
         return _refusals[loop]
     body = BatchedBody.of(loop)
@@ -77,7 +81,7 @@ def _refusal_at_sight(loop: Loop) -> str | None:
               for s in [body.output_specs[b.output]] if isinstance(s, TensorSpec)}  # fmt: skip
     if not dtypes <= {torch.float32, torch.float64, torch.bool}:
         return f"a state of {', '.join(sorted(map(str, dtypes)))}"
-    return None if native.available() else native.REMEDY
+    return native.missing()
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Native(Method):
 
     @override
     def applies(self, loop: Loop) -> bool:
-        return _refusal_at_sight(loop) is None
+        return refused_at_sight(loop) is None
 
     @override
     def init(self, system: System, guess: States, contract: Contract) -> Iterate:
@@ -115,13 +119,10 @@ class Native(Method):
 
     @override
     def step(self, system: System, iterate: Iterate, contract: Contract) -> Iterate:
-        why = refusal(system)
-        if why is not None:  # of these operands' layout, or of an adjoint: planning has not seen it
-            _log.info("native: %s; running in the ordinary order", why)
+        found = _program(system)
+        if found is None:  # an adjoint, say, which planning has not seen
             return replace(iterate, update=0.0, evaluated=_nothing(system, iterate.states))
-        from fxjacobi.native.program import prepared
-
-        program, tensors = prepared(system)
+        program, tensors = found
         with cores(self.lanes):
             run = program(system, tensors, self.lanes)
         at = _spots(system.steps, program.calls) if program.agreed and not system.others else None

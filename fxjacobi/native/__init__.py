@@ -23,13 +23,21 @@ vectors, and compiled for this processor. Sums come in another order than in PyT
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
-__all__ = ["REMEDY", "available"]
+__all__ = ["missing"]
 
 REMEDY = "install fxjacobi[native] for machine code"
 
 
-def available() -> bool:
-    """Whether LLVM can be had: the package ``llvmlite``, of the extra ``native``."""
-    return importlib.util.find_spec("llvmlite") is not None
+@functools.cache
+def missing() -> str | None:
+    """Return why there is no LLVM, and the remedy; ``None`` where the package ``llvmlite``, of the extra ``native``, is there."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return REMEDY
+    try:
+        from fxjacobi.native import program  # noqa: F401 - whether it can be loaded, and is new enough
+    except Exception as error:  # noqa: BLE001 - somebody else's installation, broken in whatever way
+        return f"{REMEDY}: the llvmlite that is there does not load ({type(error).__name__}: {error})"
+    return None

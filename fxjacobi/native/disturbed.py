@@ -55,14 +55,14 @@ class Disturbed:
         return emitter.offset(self.ring, emitter.builder.mul(place, emitter.index(self.size)), element_of(self.dtype))
 
     def read(self, source: Any, mean: Any, t: Any) -> Value:
-        """Return the value at ``source``, disturbed; ``mean``, a float32, is the mean magnitude of its elements."""
+        """Return the value at ``source``, disturbed; ``mean``, a float64, is the mean magnitude of its elements."""
         emitter = self._emitter
         found = at_strides(emitter, source, self.shape, dense_strides(self.shape), self.dtype)
         if not self.dtype.is_floating_point:
             return remembered(emitter, Value(found.shape, found.dtype, found.at, True, False))
 
         epsilons = emitter.number(DISTURBANCE / 2 * torch.finfo(self.dtype).eps, self.dtype)
-        mean = emitter.converted(mean, torch.float32, self.dtype)
+        mean = emitter.converted(mean, torch.float64, self.dtype)
 
         def at(index: list[Any]) -> Any:
             value = found.at(index)
@@ -94,7 +94,7 @@ def _coin(emitter: Emitter, element: Any, t: Any) -> Any:
 
 
 def measured(emitter: Emitter, value: Value, other: Value) -> tuple[Any, Any, Any]:
-    """Return ``max |other - value|``, ``max |value|`` and ``mean |value|`` of two tensors in memory, as float32.
+    """Return ``max |other - value|``, ``max |value|`` and ``mean |value|`` of two tensors in memory, as float64.
 
     NaN where there is one. Of bools: infinite where any differs, and zeros.
     """
@@ -108,8 +108,8 @@ def measured(emitter: Emitter, value: Value, other: Value) -> tuple[Any, Any, An
     if dtype is torch.bool:
         with emitter.fold(count, [emitter.number(0, dtype)]) as (i, (differ,), left):
             left.append(builder.or_(differ, builder.xor(emitter.load(here, i, dtype), emitter.load(there, i, dtype))))
-        zero = emitter.number(0.0, torch.float32)
-        return emitter.select(left[0], emitter.number(math.inf, torch.float32), zero), zero, zero
+        zero = emitter.number(0.0, torch.float64)
+        return emitter.select(left[0], emitter.number(math.inf, torch.float64), zero), zero, zero
     # As integers: magnitudes are ordered alike, NaN above all, and their maximum may be taken in any order.
     word = ir.IntType(8 * dtype.itemsize)
 
@@ -127,5 +127,5 @@ def measured(emitter: Emitter, value: Value, other: Value) -> tuple[Any, Any, An
         left.append(builder.fadd(total, emitter.intrinsic("llvm.fabs", a), flags=("reassoc",)))
     mean = builder.fdiv(left[2], builder.sitofp(count, NUMBERS[dtype]))
     found = (builder.bitcast(left[0], NUMBERS[dtype]), builder.bitcast(left[1], NUMBERS[dtype]), mean)
-    far, large, mean = (emitter.converted(f, dtype, torch.float32) for f in found)
+    far, large, mean = (emitter.converted(f, dtype, torch.float64) for f in found)
     return far, large, mean

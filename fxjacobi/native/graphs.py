@@ -54,7 +54,7 @@ class GraphWriter:
 
     def _settled(self, node: fx.Node, found: Sequence[Any]) -> Sequence[Any]:
         """What several read is computed once."""
-        if len(node.users) < 2 or not all(isinstance(v, Value) and not v.cheap for v in found):
+        if _readings(node) < 2 or not all(isinstance(v, Value) and not v.cheap for v in found):
             return found
         if _same(found):
             return [remembered(self.emitter, found[0])] * len(found)
@@ -73,14 +73,18 @@ class GraphWriter:
         if node.target is operator.getitem:
             return [args[0][args[1]] for args, _ in read]
         spec = spec_of(node)
+        if any(
+            isinstance(one, TensorSpec) and 0 in one.shape for one in (spec if isinstance(spec, tuple) else (spec,))
+        ):
+            raise NoMachineFormError("a tensor without elements")
+        for args, kwargs in read:
+            _check_numbers(node, args, kwargs)
         rule, together = RULES.find(node.target), TOGETHER.find(node.target)
         if rule is None and together is None:
             return self._decomposed(node, read)
         first = spec[0] if isinstance(spec, tuple) else spec
         if not isinstance(first, TensorSpec):
             raise NoMachineFormError(f"{operation_of(node)} returns no tensor")
-        for args, kwargs in read:
-            _check_numbers(node, args, kwargs)
         if together is not None:
             return together(self.emitter, first, [(args, kwargs) for args, kwargs in read])
         assert rule is not None
@@ -88,6 +92,8 @@ class GraphWriter:
 
     def _decomposed(self, node: fx.Node, read: Sequence[Any]) -> list[Any]:
         """Write an operation without a rule as those that PyTorch's own decomposition makes of it."""
+        for args, kwargs in read:
+            _check_numbers(node, args, kwargs, among=("Tensor", "Optional[Tensor]"))
         function = _decomposition(node)
         places: list[Value] = []
         template = _mapped(read[0], lambda v: _Place(places, v) if isinstance(v, Value) else v)
@@ -101,6 +107,10 @@ class GraphWriter:
         if any(n.target is node.target for n in found.graph.nodes):
             raise NoMachineFormError(f"{operation_of(node)} has no machine form")
         arguments = [[v for v in _leaves(each) if isinstance(v, Value)] for each in read]
+        for place, placeholder in enumerate(n for n in found.graph.nodes if n.op == "placeholder"):
+            settled = self._settled(placeholder, [run[place] for run in arguments])
+            for run, value in zip(arguments, settled, strict=True):
+                run[place] = value
         try:
             outputs = self.graph(found, arguments)
         except NotSplitError:
@@ -123,6 +133,11 @@ def _decomposition(node: fx.Node) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
+def _readings(node: fx.Node) -> int:
+    """Return how often a node's value is read."""
+    return sum(_leaves((user.args, user.kwargs)).count(node) for user in node.users)
+
+
 class _Place:
     """Where a tensor stands among arguments."""
 
@@ -132,8 +147,9 @@ class _Place:
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value)([_mapped(v, function) for v in value])
+    if isinstance(value, (tuple, list)):  # named tuples too, as plain ones
+        mapped = [_mapped(v, function) for v in value]
+        return mapped if isinstance(value, list) else tuple(mapped)
     if isinstance(value, dict):
         return {k: _mapped(v, function) for k, v in value.items()}
     return function(value)
@@ -154,15 +170,18 @@ def _same(values: Sequence[Any]) -> bool:
     )
 
 
-def _check_numbers(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+def _check_numbers(
+    node: fx.Node,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    among: Sequence[str] = ("Tensor", "number", "Optional[Tensor]"),
+) -> None:
     """Refuse a number that is another at each step where an operation wants one that is known (a size, a factor)."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return
-    kinds = [str(a.type) for a in node.target._schema.arguments]
-    misplaced = [v for v in kwargs.values() if isinstance(v, Value)]
-    misplaced += [
-        v for v, kind in zip(args, kinds, strict=False)
-        if isinstance(v, Value) and kind not in ("Tensor", "number", "Optional[Tensor]")
-    ]  # fmt: skip
-    if misplaced:
+    kinds = {a.name: str(a.type) for a in node.target._schema.arguments}
+    given = [*zip(kinds, args, strict=False), *kwargs.items()]
+    if any(
+        isinstance(v, Value) and kinds[name] not in (among if name not in kwargs else ("Tensor",)) for name, v in given
+    ):
         raise NoMachineFormError(f"{operation_of(node)} with a number that is another at each step")

@@ -187,14 +187,17 @@ def _rsub(emitter: Emitter, spec: TensorSpec, x: Given, y: Given, alpha: float =
 
 
 @RULES.register("pow.Tensor_Scalar")
-def _pow(emitter: Emitter, spec: TensorSpec, x: Value, exponent: float) -> Value:
+def _pow(emitter: Emitter, spec: TensorSpec, x: Value, exponent: Given) -> Value:
+    if isinstance(exponent, Value):
+        return _floats(emitter, spec, [x, exponent], lambda a, b: emitter.intrinsic("llvm.pow", a, b))
+
     def compute(a: Any) -> Any:
         builder = emitter.builder
         if exponent == 2:
             return builder.fmul(a, a)
         if exponent == 3:
             return builder.fmul(builder.fmul(a, a), a)
-        return emitter.intrinsic("llvm.pow", a, _known(a, exponent))
+        return emitter.intrinsic("llvm.pow", a, _known(a, float(exponent)))
 
     return _floats(emitter, spec, [x], compute)
 
@@ -203,12 +206,13 @@ def _where(emitter: Emitter, spec: TensorSpec, condition: Value, yes: Given, no:
     # The condition is a bool, the others have the result's dtype: brought into it one by one.
     chosen = [pointwise(emitter, spec.shape, spec.dtype, [v], lambda a: a) for v in (yes, no)]
     asked = pointwise(emitter, spec.shape, torch.bool, [condition], lambda a: a)
-    steady = asked.steady and all(c.steady for c in chosen)
+    steady, depth = asked.steady and all(c.steady for c in chosen), 1 + max(c.depth for c in (asked, *chosen))
 
     def at(index: list[Any]) -> Any:
         return emitter.select(asked.at(index), chosen[0].at(index), chosen[1].at(index))
 
-    return Value(tuple(spec.shape), spec.dtype, at, False, steady)
+    found = Value(tuple(spec.shape), spec.dtype, at, False, steady, depth=depth)
+    return found if depth < _DEEPEST else remembered(emitter, found)
 
 
 RULES.register("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")(_where)
@@ -220,16 +224,18 @@ def _masked_fill(emitter: Emitter, spec: TensorSpec, x: Value, mask: Value, valu
 
 
 @RULES.register("clamp")
-def _clamp(emitter: Emitter, spec: TensorSpec, x: Value, low: float | None = None, high: float | None = None) -> Value:
-    def compute(a: Any) -> Any:  # a NaN is neither below nor above: it stays
+def _clamp(emitter: Emitter, spec: TensorSpec, x: Value, low: Given | None = None, high: Given | None = None) -> Value:
+    # A NaN is neither below nor above, so that it stays; one among the bounds comes in.
+    def bounded(a: Any, bound: Any, sign: str) -> Any:
         builder = emitter.builder
-        if low is not None:
-            a = emitter.select(builder.fcmp_ordered("<", a, _known(a, low)), _known(a, low), a)
-        if high is not None:
-            a = emitter.select(builder.fcmp_ordered(">", a, _known(a, high)), _known(a, high), a)
-        return a
+        within = builder.or_(builder.fcmp_ordered(sign, a, bound), builder.fcmp_unordered("!=", a, a))
+        return emitter.select(within, a, bound)
 
-    return _floats(emitter, spec, [x], compute)
+    value = _floats(emitter, spec, [x], lambda a: a)
+    for bound, sign in ((low, ">="), (high, "<=")):
+        if bound is not None:
+            value = _floats(emitter, spec, [value, bound], lambda a, b, sign=sign: bounded(a, b, sign))
+    return value
 
 
 RULES.register("clamp_min")(_clamp)
@@ -253,7 +259,7 @@ for _words, _both in {
 
 @RULES.register("logical_not", "bitwise_not")
 def _not(emitter: Emitter, spec: TensorSpec, x: Value) -> Value:
-    return pointwise(emitter, spec.shape, torch.bool, [x], emitter.builder.not_)
+    return pointwise(emitter, spec.shape, torch.bool, [x], lambda a: emitter.builder.not_(a))  # noqa: PLW0108 - of whichever builder then writes
 
 
 @RULES.register("isnan")

@@ -75,6 +75,7 @@ class Program:
     def __init__(self, text: Text) -> None:
         machine, _ = _machine()
         module = llvm.parse_assembly(text.ir, context=llvm.create_context())
+        module.verify()
         module.triple, module.data_layout = machine.triple, str(machine.target_data)
         tuning = llvm.create_pipeline_tuning_options(speed_level=3)
         tuning.loop_vectorization = tuning.slp_vectorization = True
@@ -95,7 +96,7 @@ class Program:
         self.calls += 1
         states = tuple(torch.empty(s.shape, dtype=s.dtype) for s in system.base())
         parts = lanes_of(self.samples, lanes)
-        tables = torch.empty(len(parts), 3, system.steps, len(states))
+        tables = torch.empty(len(parts), 3, system.steps, len(states), dtype=torch.float64)
 
         def run(part: range, measures: torch.Tensor) -> None:
             scratch = torch.empty(self._scratch + LINE, dtype=torch.uint8)

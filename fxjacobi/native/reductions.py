@@ -30,7 +30,7 @@ def _reduced(
         raise NoMachineFormError(f"a reduction from {x.dtype} to {spec.dtype}")
     rank = len(x.shape)
     wanted = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    along = sorted({d % rank for d in wanted})
+    along = sorted({d % rank for d in wanted} if rank else ())
     kept = [d for d in range(rank) if d not in along]
     outer, inner = [x.shape[d] for d in kept], [x.shape[d] for d in along]
     strides = dense_strides(outer)
@@ -76,7 +76,7 @@ def _kept(x: Value, dims: Any) -> TensorSpec:
     """Return the spec of a reduction of ``x`` that keeps its dimensions."""
     rank = len(x.shape)
     wanted = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    gone = {d % rank for d in wanted}
+    gone = {d % rank for d in wanted} if rank else set()
     shape = tuple(1 if d in gone else n for d, n in enumerate(x.shape))
     return TensorSpec(shape, x.dtype, torch.device("cpu"), dense_strides(shape))
 

@@ -140,6 +140,8 @@ def written(system: System, inputs: Inputs, width: int) -> Text:
     for given in inputs:
         if given.number is None and given.dtype not in NUMBERS:
             raise NoMachineFormError(f"elements of {given.dtype}")
+        if 0 in given.shape:
+            raise NoMachineFormError("a tensor without elements")
     sizes = {i.shape[:1] for i in inputs if i.carry is not None}
     size = sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 1
     if size > 1:
@@ -202,7 +204,7 @@ def _step(emitter: Emitter, system: System, body: fx.GraphModule, inputs: Inputs
         disturbed[component].keep(other, t)
         place = emitter.builder.add(row, emitter.index(component))
         for number, table in zip(measured(emitter, value, other), pointers.tables, strict=True):
-            emitter.store(number, table, place, torch.float32)
+            emitter.store(number, table, place, torch.float64)
 
 
 def _entry(module: Any, steps: Any) -> None:
@@ -254,7 +256,7 @@ def _carried(
     place = builder.add(builder.mul(row, emitter.index(len(pointers.states))), emitter.index(component))
     # Of a step before the first one: what is written there later.
     mean = emitter.select(
-        early, emitter.number(0.0, torch.float32), emitter.load(pointers.tables[-1], place, torch.float32)
+        early, emitter.number(0.0, torch.float64), emitter.load(pointers.tables[-1], place, torch.float64)
     )
     other = emitter.select(early, source, disturbed.row(row))
     return value, disturbed.read(other, mean, t)

@@ -69,7 +69,7 @@ def _squeeze(emitter: Emitter, spec: TensorSpec, x: Value, dims: Any = None) -> 
 
 def _reshaped(x: Value, spec: TensorSpec, back: Any) -> Value:
     view = moved(x, spec.shape, back)
-    return Value(view.shape, view.dtype, view.at, view.cheap, view.steady, x.pointer, x.split)
+    return Value(view.shape, view.dtype, view.at, view.cheap, view.steady, x.pointer, x.split, view.depth)
 
 
 @RULES.register("expand")
@@ -82,7 +82,7 @@ def _expand(emitter: Emitter, spec: TensorSpec, x: Value, *_: Any, **__: Any) ->
     )  # fmt: skip
 
 
-@RULES.register("view", "_unsafe_view", "reshape", "_reshape_alias")
+@RULES.register("view.default", "_unsafe_view", "reshape", "_reshape_alias")
 def _view(emitter: Emitter, spec: TensorSpec, x: Value, *_: Any) -> Value:
     if tuple(spec.shape) == x.shape:
         return x

@@ -89,8 +89,7 @@ CELLS: dict[str, tuple[Callable[..., Tensors], int]] = {
     "minGRU": (_min_gru, 1), "ssm": (_ssm, 1), "average": (_average, 1),
 }  # fmt: skip
 METHODS: list[Method] = [
-    Jacobi(), Windowed(64), Chunked(48), Newton(), QuasiNewton(), Damped(), Picard(), Anderson(), Affine(),
-    Native(),
+    Jacobi(), Windowed(64), Chunked(48), Newton(), QuasiNewton(), Damped(), Picard(), Anderson(), Native(), Affine(),
 ]  # fmt: skip
 LONG: list[Method] = [Windowed(256), Chunked(100), *METHODS[3:]]
 LONGEST: list[Method] = [Jacobi(), Windowed(2500), Chunked(200), *METHODS[3:]]
@@ -213,7 +212,7 @@ def test_cells_past_the_edge_of_stability(cell: str, scale: float, method: Metho
     known = case(cell, 120, 2.0 * scale, seed)
     contract = Contract(rtol=1e-5)
     found, solution = solve(known.loop, known.operands, method, contract)
-    assert solution.certificate in (Certificate.RESIDUAL, Certificate.FELL_BACK)
+    assert solution.certificate in (Certificate.RESIDUAL, Certificate.IN_MACHINE_CODE, Certificate.FELL_BACK)
     assert (solution.completed > 0) == (solution.certificate is Certificate.FELL_BACK)
     taken = known.ordinary_steps_from(found)
     swept = 120 - solution.completed

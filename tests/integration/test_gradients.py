@@ -93,3 +93,6 @@ def test_second_and_batched_gradients_are_refused_with_a_remedy(method: str) -> 
         gradient.pow(2).sum().backward()
     with pytest.raises(RuntimeError, match="vectorize=False"):
         torch.autograd.functional.jacobian(compiled, xs, vectorize=True)
+    # Twice backwards, by what the first gradient is linear in: an error too, and no zeros.
+    with pytest.raises(RuntimeError, match="compile without a tolerance"):
+        torch.autograd.functional.jvp(compiled, xs.detach(), xs.detach())

@@ -59,3 +59,10 @@ def test_it_does_not_import_the_compiler() -> None:
         "sys.exit('torch._inductor' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_tensor_given_twice_is_two_placeholders() -> None:
+    x = torch.randn(3)
+    graph = lowered(lambda a, b, c: a - 2 * b + 3 * c, x, x, x)
+    a, b, c = torch.randn(3, 3)
+    torch.testing.assert_close(graph(a, b, c), a - 2 * b + 3 * c)
