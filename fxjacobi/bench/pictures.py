@@ -16,8 +16,12 @@ __all__ = ["draw"]
 # Okabe and Ito's palette, which colour-blind readers tell apart; each line has a marker of its own as well.
 _STYLES = (
     ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"),
-    ("#000000", "X"), ("#999999", "*"),
+    ("#000000", "X"), ("#999999", "*"), ("#8C510A", "<"),
 )  # fmt: skip
+_NAMES = {
+    "exact": "exact contract", "native": "machine code", "quasi_newton": "quasi-Newton", "jacobi": "Jacobi",
+    "anderson": "Anderson", "picard": "Picard",
+}  # fmt: skip
 _GREY = "#555555"
 _YLABEL = "times faster than the eager loop"
 _SMALLEST = 1e-8  # below it an error of float32 is zero
@@ -100,9 +104,8 @@ def _speedups(rows: Sequence[Row], where: str) -> Any:
     ):
         ordered = sorted(chosen, key=lambda row: float(row.values[key]))
         places = [int(row.values[key]) for row in ordered]
-        for (colour, marker), method in zip(_STYLES, methods, strict=False):
-            name = "exact contract" if method == "exact" else method.replace("quasi_newton", "quasi-Newton")
-            name = name.capitalize() if name in ("jacobi", "anderson", "picard") else name
+        for (colour, marker), method in zip(_STYLES[: len(methods)], methods, strict=True):
+            name = _NAMES.get(method, method)
             heights = [float(row.values[method]) for row in ordered]
             axis.plot(places, heights, color=colour, marker=marker, markersize=6, linewidth=1.8, label=name)
         _ticks(axis, places)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import fxjacobi
+from fxjacobi import native
 from fxjacobi.bench.benchmark import Benchmark, Row, Settings
 from fxjacobi.bench.cells import CellCase
 from fxjacobi.bench.clock import medians
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Speedups"]
 
-METHODS = ("chunked", "windowed", "jacobi", "quasi_newton", "anderson", "picard")
+METHODS = ("native", "chunked", "windowed", "jacobi", "quasi_newton", "anderson", "picard")
 _RTOL = 1e-5
 
 
@@ -25,7 +26,8 @@ class Speedups(Benchmark):
     """Times of the eager GRU loop over those of each method, over T at batch 1 and over B at 1,024 steps.
 
     ``exact`` is ``fxjacobi.compile(model)``, ``auto`` the same at the tolerance, where the planner times the methods; the
-    other columns are forced methods at the tolerance, each with the sizes that the planner measures for it.
+    other columns are forced methods at the tolerance, each with the sizes that the planner measures for it. ``native``, machine
+    code, is left out where there is none: on a CUDA device, and without the package llvmlite.
     """
 
     name = "speedups"
@@ -48,7 +50,9 @@ class Speedups(Benchmark):
         wanted = loop(fresh)
         calls: dict[str, Callable[[], torch.Tensor]] = {"ordinary": partial(loop, fresh)}
         compiled = {"exact": fxjacobi.compile(loop), "auto": fxjacobi.compile(loop, rtol=_RTOL)}
-        compiled |= {m: fxjacobi.compile(loop, rtol=_RTOL, method=m, measure=False) for m in METHODS}
+        there = settings.device.type == "cpu" and native.missing() is None
+        methods = [m for m in METHODS if m != "native" or there]
+        compiled |= {m: fxjacobi.compile(loop, rtol=_RTOL, method=m, measure=False) for m in methods}
         for method, each in compiled.items():
             each(x)
             # A solve stays within a bounded number of tolerances of the ordinary run; exactly means exactly.
