@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 import fxjacobi
-from fxjacobi.methods import Base, Contract, Jacobi
+from fxjacobi.methods import Base, Contract, Jacobi, memory_length
 from fxjacobi.solve import TrialError, solve_system
 from fxjacobi.system import System
 from fxjacobi.testing.recurrences import gru
@@ -269,3 +271,21 @@ def test_a_plan_from_elsewhere_is_refused(tmp_path: Path, key: str) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(fxjacobi.PlanError, match=key):
         fxjacobi.compile(torch.sin, plan=path)
+
+
+def test_machine_code_is_measured_whatever_the_search_for_the_memory_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: looking for the memory takes all of the budget."""
+    whole = memory_length
+
+    def slow(*args: Any) -> int | None:
+        time.sleep(0.4)
+        return whole(*args)
+
+    # The package has a function of the module's name.
+    monkeypatch.setattr(importlib.import_module("fxjacobi.methods.candidates"), "memory_length", slow)
+    with torch.no_grad():
+        compiled = fxjacobi.compile(_rnn(nn.GRUCell(4, 8)), rtol=1e-5, measure=False)
+        compiled(torch.randn(100, 1, 4))
+    rows = {c.method: c for b in compiled.plan.blocks for c in b.candidates}
+    assert rows["native"].seconds is not None
+    assert any("budget was spent" in c.note for c in rows.values())
